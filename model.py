@@ -1,0 +1,402 @@
+"""The networks of DUO-VSR and what their outputs mean.
+
+    CONVENTIONS (each has a test in tests/test_maths.py)
+    time        t in [0, 1]; t = 1 is pure noise; the network is fed 1000 t
+    path        z_t = (1 - t) z_0 + t eps
+    velocity    v = eps - z_0, so that z_0 = z_t - t v and eps = z_t + (1 - t) v
+    student     z_0 = eps - v(eps, t = 1, z_lr, c): one Euler step from noise to data
+    guidance    v_cfg = (1 + w) v(c) - w v(null); w = 0 is no guidance (the usual scale is g = 1 + w)
+    shift       time_shift(u, s) = s u / (1 + (s - 1) u)
+
+    SHAPES
+    B batch   C latent channels   T latent frames   H, W latent rows, columns   F = 4 (T - 1) + 1 video frames
+    N tokens = T * H/2 * W/2      D model width     h heads                     K = D / h
+    latents (B, C, T, H, W)   video (B, 3, F, p H, p W) in [-1, 1]   tokens (B, N, D)   t (B,)
+
+DiT is the Wan2.1 block at every size, under Wan's own parameter names (Wan-Video/Wan2.1, wan/modules/model.py), with
+twice the input channels: the noisy latent and the latent of the upsampled low-resolution video, [z_t, z_lr].
+"""
+import functools
+import os
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from einops import rearrange
+
+NULL, POSITIVE, NEGATIVE = 0, 1, 2      # prompt ids: no text, high quality, low quality
+
+MODELS = {                              # learned: prompts are parameters; otherwise they are read from a file
+    "tiny":    dict(dim=128, layers=6, heads=4, ffn=512, text_dim=64, prompt_len=4, learned=True),       # 1.79 M
+    "small":   dict(dim=512, layers=12, heads=8, ffn=2048, text_dim=256, prompt_len=8, learned=True),    # 52.96 M
+    "wan1.3b": dict(dim=1536, layers=30, heads=12, ffn=8960, text_dim=4096, prompt_len=512, learned=False),  # 1419.10 M
+}
+
+# ----------------------------------------------------------------------------
+# flow matching: the only place where the sign, time and guidance conventions are written
+
+
+def bcast(t, like):
+    """t: (B,) viewed as (B, 1, 1, ...), to multiply a tensor shaped like `like`."""
+    return t.view(-1, *[1] * (like.ndim - 1))
+
+
+def add_noise(z_0, eps, t):
+    """z_t = (1 - t) z_0 + t eps, the flow-matching path. t: (B,) in [0, 1]."""
+    t = bcast(t, z_0)
+    return (1 - t) * z_0 + t * eps
+
+
+def to_x0(z_t, v, t):
+    """The clean latent that velocity v at z_t points to: z_0 = z_t - t v."""
+    return z_t - bcast(t, z_t) * v
+
+
+def to_eps(z_t, v, t):
+    """The noise that velocity v at z_t comes from: eps = z_t + (1 - t) v."""
+    return z_t + (1 - bcast(t, z_t)) * v
+
+
+def time_shift(u, s):
+    """s u / (1 + (s - 1) u): moves times in [0, 1] towards noise for s > 1; 0 and 1 stay (SD3, Wan)."""
+    return s * u / (1 + (s - 1) * u)
+
+
+def time_grid(steps, shift=1.0):
+    """The steps + 1 times of an Euler sampler, from 0 (data) to 1 (noise). Grids of N and 2N steps nest."""
+    return time_shift(torch.arange(steps + 1, dtype=torch.float64) / steps, shift).float()
+
+
+def guide(v_c, v_null, w):
+    """Classifier-free guidance, v_cfg = (1 + w) v(c) - w v(null); equal branches return v(c) for every w."""
+    return (1 + w) * v_c - w * v_null
+
+
+def euler(velocity, eps, steps, shift=1.0):
+    """Integrate dz/dt = velocity(z, t) from t = 1 to t = 0 in equal (shifted) steps. eps: (B, ...). Returns z_0."""
+    z, grid = eps, time_grid(steps, shift).to(eps.device)
+    for i in range(steps, 0, -1):
+        t = grid[i].expand(len(z))
+        z = z - (grid[i] - grid[i - 1]) * velocity(z, t).float()
+    return z
+
+
+def prompt(z, which=POSITIVE):
+    """(B,) prompt ids, one for each sample of z."""
+    return torch.full((len(z),), which, dtype=torch.long, device=z.device)
+
+
+def sample(net, eps, z_lr, steps, shift=1.0, w=0.0):
+    """The multi-step sampler: `steps` Euler steps under the positive prompt, guided where w > 0. Returns z_0."""
+    def velocity(z, t):
+        v_c = net(z, t, z_lr, prompt(z))
+        return guide(v_c, net(z, t, z_lr, prompt(z, NULL)), w) if w else v_c
+    return euler(velocity, eps, steps, shift)
+
+
+def one_step(net, eps, z_lr):
+    """The one-step student: z_0 = eps - v(eps, t = 1, z_lr, c). Gradient flows. eps, z_lr: (B, C, T, H, W)."""
+    return eps - net(eps, torch.ones(len(eps), device=eps.device), z_lr, prompt(eps)).float()
+
+
+# ----------------------------------------------------------------------------
+# the transformer
+
+
+def sinusoid(t, dim=256):
+    """(B,) -> (B, dim): [cos(t w_i), sin(t w_i)], w_i = 10000^(-2i/dim). In float64, as Wan: t goes up to 1000."""
+    w = 10000 ** (-torch.arange(dim // 2, dtype=torch.float64, device=t.device) / (dim // 2))
+    angle = t.double()[:, None] * w
+    return torch.cat([angle.cos(), angle.sin()], dim=1).float()
+
+
+@functools.lru_cache(maxsize=16)
+def rope_table(T, H, W, K, device):
+    """(T*H*W, K/2) unit complex numbers. K is cut into time, height, width parts, each with a full spectrum of its own
+    (K - 4 (K // 6) for time and 2 (K // 6) for height and width: 44 + 42 + 42 at K = 128); positions are integers."""
+    parts = []
+    for n, k in ((T, K - 4 * (K // 6)), (H, 2 * (K // 6)), (W, 2 * (K // 6))):
+        theta = 10000 ** (-torch.arange(0, k, 2, dtype=torch.float64) / k)
+        parts.append(torch.outer(torch.arange(n, dtype=torch.float64), theta))
+    t, y, x = (a.shape[1] for a in parts)
+    angle = torch.cat([parts[0][:, None, None].expand(T, H, W, t), parts[1][None, :, None].expand(T, H, W, y),
+                       parts[2][None, None].expand(T, H, W, x)], dim=-1).reshape(T * H * W, -1)
+    return torch.polar(torch.ones_like(angle), angle).to(torch.complex64).to(device)
+
+
+def rotate(x, table):
+    """Rotary embedding: interleaved pairs (x[2j], x[2j+1]) turned as complex numbers. x: (B, N, h, K)."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * table[:, None]).flatten(-2).type_as(x)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the whole last axis; for q and k that is all heads together."""
+    def __init__(self, dim, eps=1e-6):
+        super().__init__()
+        self.eps, self.weight = eps, nn.Parameter(torch.ones(dim))
+
+    def forward(self, x):
+        return F.rms_norm(x.float(), x.shape[-1:], self.weight, self.eps).type_as(x)
+
+
+class Attention(nn.Module):
+    """Softmax attention of x over `context` (itself by default), q and k RMS-normed over the full width D."""
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
+        self.norm_q, self.norm_k = RMSNorm(dim), RMSNorm(dim)
+
+    def forward(self, x, context=None, table=None):
+        context = x if context is None else context
+        q = self.norm_q(self.q(x)).unflatten(-1, (self.heads, -1))              # (B, N, h, K)
+        k = self.norm_k(self.k(context)).unflatten(-1, (self.heads, -1))        # (B, M, h, K)
+        v = self.v(context).unflatten(-1, (self.heads, -1))
+        if table is not None:
+            q, k = rotate(q, table), rotate(k, table)
+        y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        return self.o(y.transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """One Wan block: self-attention and FFN under AdaLN modulation, cross-attention to the prompt in between."""
+    def __init__(self, dim, heads, ffn):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.self_attn = Attention(dim, heads)
+        self.norm3 = nn.LayerNorm(dim, eps=1e-6)                                # Wan's numbering: 1, 3, 2
+        self.cross_attn = Attention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.ffn = nn.Sequential(nn.Linear(dim, ffn), nn.GELU(approximate="tanh"), nn.Linear(ffn, dim))
+        self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim ** 0.5)
+
+    def forward(self, x, e0, text, table):
+        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + e0).chunk(6, dim=1)   # (B, 1, D) each
+        x = x + gate1 * self.self_attn(self.norm1(x) * (1 + scale1) + shift1, table=table)
+        x = x + self.cross_attn(self.norm3(x), text)
+        return x + gate2 * self.ffn(self.norm2(x) * (1 + scale2) + shift2)
+
+
+class Head(nn.Module):
+    def __init__(self, dim, out):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.head = nn.Linear(dim, out)
+        self.modulation = nn.Parameter(torch.randn(1, 2, dim) / dim ** 0.5)
+
+    def forward(self, x, e):
+        shift, scale = (self.modulation + e[:, None]).chunk(2, dim=1)
+        return self.head(self.norm(x) * (1 + scale) + shift)
+
+
+class DiT(nn.Module):
+    """The velocity v(z_t, t, z_lr, c) of a video diffusion transformer with Wan2.1's block and parameter names."""
+
+    def __init__(self, dim, layers, heads, ffn, text_dim, prompt_len, learned, channels=16):
+        super().__init__()
+        self.patch_embedding = nn.Conv3d(2 * channels, dim, (1, 2, 2), stride=(1, 2, 2))
+        self.text_embedding = nn.Sequential(nn.Linear(text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim))
+        self.time_embedding = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.blocks = nn.ModuleList(Block(dim, heads, ffn) for _ in range(layers))
+        self.head = Head(dim, 4 * channels)
+        prompts = torch.randn(3, prompt_len, text_dim)                  # rows NULL, POSITIVE, NEGATIVE
+        if learned:
+            self.prompts = nn.Parameter(prompts)
+        else:
+            self.register_buffer("prompts", prompts)
+        self.init_weights()
+
+    def init_weights(self):
+        """Wan's initialisation, and zeros for the input columns of z_lr: training starts from the video prior."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        for linear in (self.text_embedding[0], self.text_embedding[2], self.time_embedding[0], self.time_embedding[2]):
+            nn.init.normal_(linear.weight, std=0.02)
+        nn.init.xavier_uniform_(self.patch_embedding.weight.flatten(1))
+        with torch.no_grad():
+            self.patch_embedding.weight[:, self.patch_embedding.in_channels // 2:] = 0
+        nn.init.zeros_(self.head.head.weight)                           # a fresh model outputs 0
+
+    def forward(self, z, t, z_lr, text, taps=()):
+        """Velocity at z_t. With `taps` (block indices), also the outputs of those blocks, each (B, N, D).
+
+        z, z_lr: (B, C, T, H, W), H and W even. t: (B,) in [0, 1]. text: (B,) prompt ids, or embeddings
+        (B, prompt_len, text_dim). Returns v like z, or (v, [features]).
+        """
+        context = self.prompts[text] if text.dtype == torch.long else text
+        context = self.text_embedding(context)                          # (B, prompt_len, D); padding is attended to
+        with torch.autocast(z.device.type, enabled=False):              # time in fp32: it scales everything
+            e = self.time_embedding(sinusoid(1000 * t))                 # (B, D)
+            e0 = self.time_projection(e).unflatten(1, (6, -1))          # (B, 6, D)
+        x = self.patch_embedding(torch.cat([z, z_lr], dim=1))           # (B, D, T, H/2, W/2)
+        T, H, W = x.shape[2:]
+        x = rearrange(x, "B D T H W -> B (T H W) D").float()            # the residual stream stays fp32
+        table = rope_table(T, H, W, x.shape[-1] // self.blocks[0].self_attn.heads, x.device)
+        features = []
+        for i, block in enumerate(self.blocks):
+            x = block(x, e0, context, table)
+            if i in taps:
+                features.append(x)
+        v = rearrange(self.head(x, e), "B (T H W) (p q C) -> B C T (H p) (W q)", T=T, H=H, W=W, p=2, q=2)
+        return (v, features) if taps else v
+
+
+def tap_blocks(layers, fractions=(0.45, 0.72, 1.0)):
+    """Block indices at these fractions of the depth: 2, 3, 5 of 6; 13, 21, 29 of 30 (those of Self-Forcing)."""
+    return tuple(sorted({max(0, int(f * layers + 0.5) - 1) for f in fractions}))
+
+
+class RFSHead(nn.Module):
+    """The convolutional discriminator head of RFS-GAN on features of the real and the fake score model.
+
+    dim: width D of one feature. taps: how many features there are of each model. grid: (T, H/2, W/2) token grid.
+    models: 2 for real and fake, 1 for one of them. pooled: one logit per clip instead of one per patch (as DMD2).
+    The last convolution starts at 0, so all logits start at 0 and the hinge loss at exactly 2.
+    """
+
+    def __init__(self, dim, taps, channels, grid, models=2, pooled=False):
+        super().__init__()
+        self.grid, layers, width, size = grid, [], models * taps * dim, min(grid[1:])
+        for kernel in (1, 4, 4):
+            if kernel == 1:
+                layers.append(nn.Conv3d(width, channels, 1))
+            elif size >= 4:                                             # halve the token grid, keep time
+                layers.append(nn.Conv3d(channels, channels, (3, 4, 4), stride=(1, 2, 2), padding=1))
+                size //= 2
+            else:                                                       # a 3 x 3 grid is left as it is
+                layers.append(nn.Conv3d(channels, channels, 3, padding=1))
+            layers += [nn.GroupNorm(min(32, channels // 4), channels), nn.LeakyReLU(0.2)]
+        if pooled:
+            layers.append(nn.AdaptiveAvgPool3d(1))
+        layers.append(nn.Conv3d(channels, 1, 1))
+        nn.init.zeros_(layers[-1].weight)
+        nn.init.zeros_(layers[-1].bias)
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, features):
+        """features: list of (B, N, D), the real model's taps, then the fake's. Returns patch logits (B, T, y, x)."""
+        x = torch.cat([normalise(f) for f in features], dim=-1)         # depths and models differ widely in norm
+        T, H, W = self.grid
+        return self.layers(rearrange(x, "B (T H W) D -> B D T H W", T=T, H=H, W=W)).squeeze(1)
+
+
+def normalise(feature):
+    """LayerNorm over the width without parameters: features of all depths get the same scale. (B, N, D)."""
+    return F.layer_norm(feature.float(), feature.shape[-1:])
+
+
+# ----------------------------------------------------------------------------
+# the video code
+
+
+class PatchVAE(nn.Module):
+    """A linear code of 4 x 4 x 4 pixel patches (PCA), decoded by its inverse plus a small convolutional correction.
+
+    The first frame is repeated to fill its patch, so F = 4 (T - 1) + 1. The correction sees neighbouring patches:
+    without it the code shows its own 4 px grid. Latents have unit variance over all channels; a channel's standard
+    deviation is the fourth root of its pixels'. `fit` must be called, or weights be loaded, before use.
+    """
+    stride, channels = 4, 16
+
+    def __init__(self, width=64):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(192))
+        self.register_buffer("basis", torch.zeros(192, 16))
+        self.register_buffer("scale", torch.ones(16))
+        self.correct = nn.Sequential(
+            nn.Conv3d(16, width, 3, padding=1), nn.SiLU(),
+            nn.Conv3d(width, width, (1, 3, 3), padding=(0, 1, 1)), nn.SiLU(),
+            nn.Conv3d(width, width, (3, 1, 1), padding=(1, 0, 0)), nn.SiLU(),
+            nn.Conv3d(width, 192, (1, 3, 3), padding=(0, 1, 1)))
+        nn.init.zeros_(self.correct[-1].weight)
+        nn.init.zeros_(self.correct[-1].bias)
+
+    def patches(self, video):
+        """(B, 3, F, 4H, 4W) -> (B, T, H, W, 192)."""
+        if (video.shape[2] - 1) % 4 or video.shape[3] % 4 or video.shape[4] % 4:
+            raise ValueError(f"video {tuple(video.shape)}: F must be 4 n + 1, height and width multiples of 4")
+        video = torch.cat([video[:, :, :1].expand(-1, -1, 3, -1, -1), video], dim=2)
+        return rearrange(video, "B c (T f) (H p) (W q) -> B T H W (c f p q)", f=4, p=4, q=4)
+
+    def fit(self, videos):
+        """Principal components of the patches of videos (B, 3, F, 4H, 4W), in closed form."""
+        x = self.patches(videos).flatten(0, 3).double()
+        self.mean.copy_(x.mean(0))
+        variance, vectors = torch.linalg.eigh(torch.cov(x.T))           # ascending
+        std = variance[-16:].flip(0).clamp_min(1e-8).sqrt()
+        self.basis.copy_(vectors[:, -16:].flip(1))
+        share = std ** 0.25
+        self.scale.copy_(std / (share / share.square().mean().sqrt()))  # latent std = share, mean square 1
+
+    def encode(self, video):
+        """(B, 3, F, 4H, 4W) in [-1, 1] -> (B, 16, T, H, W)."""
+        z = (self.patches(video) - self.mean) @ self.basis / self.scale
+        return rearrange(z, "B T H W C -> B C T H W")
+
+    def decode(self, z):
+        """(B, 16, T, H, W) -> (B, 3, F, 4H, 4W)."""
+        linear = rearrange(z, "B C T H W -> B T H W C") * self.scale @ self.basis.T + self.mean
+        x = linear + rearrange(self.correct(z), "B D T H W -> B T H W D")
+        return rearrange(x, "B T H W (c f p q) -> B c (T f) (H p) (W q)", c=3, f=4, p=4, q=4)[:, :, 3:]
+
+
+# ----------------------------------------------------------------------------
+# building and loading
+
+
+def build(name):
+    """A fresh DiT of this size. Raises SystemExit with the known names."""
+    if name not in MODELS:
+        raise SystemExit(f"model {name!r} is unknown; MODELS in model.py has {', '.join(MODELS)}")
+    return DiT(**MODELS[name])
+
+
+def read_checkpoint(path):
+    """The dict in a checkpoint file, on the CPU. Raises SystemExit with one line if it is missing or no checkpoint."""
+    if not os.path.isfile(path):
+        raise SystemExit(f"{path}: no such checkpoint; run the stage that writes it, or name another file")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        state["config"]["model"], state["stage"], state["vae"]
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:100]
+        raise SystemExit(f"{path}: not a checkpoint of this project ({reason})") from None
+    return state
+
+
+def load_checkpoint(path, part="student", device="cpu"):
+    """One network of a checkpoint and the video code in it, ready for inference.
+
+    part: name of the state dict, such as "student", "ema" (stage 0) or "cfg" (stage 1).
+    Returns (net, vae, info) with info = {"config", "step", "stage"}.
+    """
+    state = read_checkpoint(path)
+    if part not in state:
+        nets = [k for k, v in state.items() if isinstance(v, dict) and "head.head.weight" in v]
+        raise SystemExit(f"{path}: a {state['stage']} checkpoint without {part!r}; it has {', '.join(nets)}")
+    net, vae = build(state["config"]["model"]), PatchVAE()
+    load_part(net, state, part, path)
+    load_part(vae, state, "vae", path)
+    info = {k: state[k] for k in ("config", "step", "stage")}
+    return net.to(device).eval().requires_grad_(False), vae.to(device).eval().requires_grad_(False), info
+
+
+def teacher_file(cfg):
+    """The stage 0 checkpoint of this run; without one, the teacher that ships for the preset tiny."""
+    trained = f"{cfg.out}/stage0/last.pt"
+    if cfg.model == "tiny" and not os.path.exists(trained):
+        return os.path.join(os.path.dirname(os.path.abspath(__file__)), "weights", "tiny_teacher.pt")
+    return trained
+
+
+def load_part(module, state, part, path):
+    """module.load_state_dict, strict, of fp16 or fp32 weights; a mismatch names the file and the first bad key."""
+    try:
+        module.load_state_dict(state[part])
+    except RuntimeError as error:
+        first = str(error).splitlines()[1].strip()[:160]
+        raise SystemExit(f"{path}: {part!r} does not fit this model; is it of another preset? {first}") from None

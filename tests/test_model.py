@@ -1,0 +1,202 @@
+"""The networks: shapes, sizes, token order, taps, the discriminator head, the video code, loading."""
+import pytest
+import torch
+from einops import rearrange
+
+import model as M
+from tests.test_maths import tiny_net
+
+
+@pytest.mark.parametrize("name, count", [("tiny", 1.79), ("small", 52.96), ("wan1.3b", 1419.10)])
+def test_parameter_counts_in_the_comments(name, count):
+    with torch.device("meta"):
+        net = M.build(name)
+    assert sum(p.numel() for p in net.parameters()) / 1e6 == pytest.approx(count, abs=0.005)
+    line = next(x for x in open(M.__file__) if x.lstrip().startswith(f'"{name}":'))
+    assert f"# {count:.2f} M" in line
+
+
+def test_wan_has_its_825_tensors():
+    with torch.device("meta"):
+        net = M.build("wan1.3b")
+    keys = dict(net.named_parameters())
+    assert len(keys) == 825 and sum(p.numel() for p in keys.values()) == 1_418_996_800 + 98_304
+    assert keys["patch_embedding.weight"].shape == (1536, 32, 1, 2, 2)
+    for key in ("blocks.29.self_attn.norm_q.weight", "blocks.0.norm3.bias", "blocks.7.ffn.2.weight",
+                "time_projection.1.weight", "text_embedding.2.bias", "head.modulation", "blocks.3.modulation"):
+        assert key in keys
+
+
+def test_fresh_model_outputs_zero_and_ignores_the_lr():                                 # T25
+    net = M.build("tiny")
+    z, z_lr = torch.randn(2, 2, 16, 1, 4, 4)
+    assert net(z, torch.rand(2), z_lr, M.prompt(z)).abs().max() == 0
+    torch.nn.init.normal_(net.head.head.weight)
+    out = [net(z, torch.full((2,), 0.5), lr, M.prompt(z)) for lr in (z_lr, -z_lr)]
+    assert torch.equal(*out)                                # the columns of z_lr start at zero
+    optimiser = torch.optim.SGD(net.parameters(), lr=0.1)
+    for _ in range(2):
+        optimiser.zero_grad()
+        (net(z, torch.full((2,), 0.5), z_lr, M.prompt(z)) - z_lr).square().mean().backward()
+        optimiser.step()
+    out = [net(z, torch.full((2,), 0.5), lr, M.prompt(z)) for lr in (z_lr, -z_lr)]
+    assert (out[0] - out[1]).abs().max() > 1e-3             # and learn
+
+
+def test_forward_shapes_and_taps():
+    net = tiny_net(layers=4)
+    z, z_lr = torch.randn(2, 2, 16, 3, 6, 4)
+    t = torch.rand(2)
+    v, features = net(z, t, z_lr, M.prompt(z), taps=(1, 3))
+    assert v.shape == z.shape and [f.shape for f in features] == [(2, 3 * 3 * 2, 32)] * 2
+    assert torch.equal(v, net(z, t, z_lr, M.prompt(z)))     # tapping changes nothing
+    seen = []
+    net.blocks[1].register_forward_hook(lambda m, i, o: seen.append(o))
+    net(z, t, z_lr, M.prompt(z))
+    assert torch.equal(seen[0], features[0])                # the tap is the block's output
+
+
+def test_network_is_fed_a_thousand_t():
+    net = tiny_net()
+    seen = []
+    net.time_embedding.register_forward_hook(lambda m, i, o: seen.append(i[0]))
+    z = torch.randn(1, 16, 1, 2, 2)
+    net(z, torch.tensor([0.25]), z, M.prompt(z))
+    angle = 250 * 10000 ** (-torch.arange(128.0) / 128)
+    torch.testing.assert_close(seen[0][0], torch.cat([angle.cos(), angle.sin()]), atol=2e-4, rtol=0)
+
+
+def test_batch_samples_do_not_mix():
+    net = tiny_net()
+    z, z_lr = torch.randn(2, 3, 16, 2, 4, 4)
+    t, text = torch.tensor([0.1, 0.5, 0.9]), torch.tensor([0, 1, 2])
+    whole = net(z, t, z_lr, text)
+    for i in range(3):
+        torch.testing.assert_close(net(z[i:i + 1], t[i:i + 1], z_lr[i:i + 1], text[i:i + 1]), whole[i:i + 1],
+                                   atol=1e-4, rtol=1e-4)
+
+
+def test_rope_is_relative_and_per_axis():
+    table = M.rope_table(3, 4, 5, 32, torch.device("cpu")).view(3, 4, 5, 16)
+    angle = table.angle()
+    torch.testing.assert_close(angle[1, 0, 0, :6], 10000 ** (-torch.arange(6) * 2 / 12))        # time: 12 of 32
+    torch.testing.assert_close(angle[0, 1, 0, 6:11], 10000 ** (-torch.arange(5) * 2 / 10))      # height: 10
+    torch.testing.assert_close(angle[0, 0, 1, 11:], 10000 ** (-torch.arange(5) * 2 / 10))       # width: 10
+    assert angle[1, 0, 0, 6:].abs().max() == 0
+    q, k = torch.randn(2, 1, 1, 1, 32)
+    a, b = (M.rotate(x.expand(1, 60, 1, 32), table.flatten(0, 2)) for x in (q, k))
+    scores = torch.einsum("bnhk,bmhk->nm", a, b).view(3, 4, 5, 3, 4, 5)
+    torch.testing.assert_close(scores[0, 0, 0, 1, 1, 1], scores[1, 2, 3, 2, 3, 4])              # same offset
+    pair = M.rotate(torch.tensor([1.0, 0.0] + [0.0] * 30).view(1, 1, 1, 32), table[1, 0, 0][None])
+    assert pair[0, 0, 0, :2].tolist() == pytest.approx([0.5403, 0.8415], abs=1e-4)              # interleaved pairs
+
+
+def test_token_grid_round_trip():                                                       # T10
+    """Tokens run t slowest, x fastest, and the head's grid is the patchifier's."""
+    net = M.build("tiny")
+    torch.nn.init.zeros_(net.patch_embedding.weight)
+    net.patch_embedding.weight.data[0, 0] = 0.25            # channel 0 of a token: mean of its 2 x 2 patch
+    net.patch_embedding.bias.data.zero_()
+    z = torch.randn(1, 16, 2, 6, 4)
+    tokens = rearrange(net.patch_embedding(torch.cat([z, z], 1)), "B D T H W -> B (T H W) D")
+    grid = tokens[0, :, 0].view(2, 3, 2)
+    assert grid[1, 2, 1].item() == pytest.approx(z[0, 0, 1, 4:6, 2:4].mean().item(), abs=1e-6)
+
+    head = M.RFSHead(8, taps=1, channels=16, grid=(2, 16, 16))
+    torch.nn.init.normal_(head.layers[-1].weight)
+    for module in head.layers:                              # GroupNorm sees the whole grid: switch it off here
+        if isinstance(module, torch.nn.GroupNorm):
+            module.forward = lambda x: x
+    features = [torch.randn(1, 2 * 16 * 16, 8) for _ in range(2)]
+    before = head(features)
+    assert before.shape == (1, 2, 4, 4)
+    features[0] = features[0].clone()
+    features[0][0, (1 * 16 + 15) * 16 + 0] = torch.randn(8)      # token t = 1, y = 15, x = 0
+    changed = (head(features) - before).abs() > 1e-6
+    assert changed[0, 1, 3, 0] and not changed[0, :, :2].any() and not changed[0, :, :, 2:].any()
+
+
+@pytest.mark.parametrize("dim, channels, count", [(128, 64, 443_009), (256, 128, 1_770_753), (1536, 512, 29_889_537)])
+def test_head_sizes(dim, channels, count):                                              # T11
+    with torch.device("meta"):
+        head = M.RFSHead(dim, taps=3, channels=channels, grid=(3, 16, 16))
+    assert sum(p.numel() for p in head.parameters()) == count
+
+
+@pytest.mark.parametrize("grid, out", [((3, 16, 16), (3, 4, 4)), ((3, 8, 8), (3, 2, 2)), ((1, 4, 4), (1, 2, 2))])
+def test_head_starts_at_zero_logits(grid, out):                                         # T11
+    head = M.RFSHead(16, taps=3, channels=16, grid=grid)
+    logits = head([torch.randn(2, grid[0] * grid[1] * grid[2], 16) for _ in range(6)])
+    assert logits.shape == (2, *out) and logits.abs().max() == 0
+
+
+def test_tap_blocks():
+    assert {n: M.tap_blocks(n) for n in (4, 6, 8, 10, 30, 36)} == {
+        4: (1, 2, 3), 6: (2, 3, 5), 8: (3, 5, 7), 10: (4, 6, 9), 30: (13, 21, 29), 36: (15, 25, 35)}
+
+
+# ----------------------------------------------------------------------------
+# the video code
+
+
+def smooth_video(B=2, F=9, size=32):
+    """Random moving gradients: something a linear code can hold."""
+    coarse = 0.3 * torch.randn(B, 3, 3, 4, 4)
+    return torch.nn.functional.interpolate(coarse, (F, size, size), mode="trilinear", align_corners=True)
+
+
+def test_patch_code_round_trip():
+    video = smooth_video()
+    vae = M.PatchVAE()
+    vae.fit(video)
+    z = vae.encode(video)
+    assert z.shape == (2, 16, 3, 8, 8)
+    assert z.flatten(2).square().mean().item() == pytest.approx(1, abs=0.15)            # unit variance overall
+    back = vae.decode(z)                                    # the correction starts at zero
+    assert back.shape == video.shape and (back - video).square().mean() < 1e-3
+    still = vae.decode(vae.encode(video[:, :, :1]))         # an image is a clip of one frame
+    assert (still - video[:, :, :1]).square().mean() < 1e-3
+
+
+def test_patch_code_is_the_best_linear_one():
+    video = smooth_video()
+    vae = M.PatchVAE()
+    vae.fit(video)
+    x = vae.patches(video).flatten(0, 3)
+    x = x - x.mean(0)
+    best = torch.linalg.svdvals(x.double())[16:].square().sum() / x.numel()             # Eckart-Young
+    z = rearrange(vae.encode(video), "B C T H W -> (B T H W) C")
+    error = (z * vae.scale @ vae.basis.T + vae.mean - vae.patches(video).flatten(0, 3)).square().mean()
+    assert error.item() == pytest.approx(best.item(), rel=2e-2, abs=1e-7)
+
+
+def test_patch_code_refuses_wrong_sizes():
+    with pytest.raises(ValueError, match=r"4 n \+ 1"):
+        M.PatchVAE().encode(torch.zeros(1, 3, 8, 16, 16))
+    with pytest.raises(ValueError, match="multiples of 4"):
+        M.PatchVAE().encode(torch.zeros(1, 3, 9, 16, 18))
+
+
+# ----------------------------------------------------------------------------
+# loading
+
+
+def test_checkpoint_errors_are_one_clear_line(tmp_path):
+    with pytest.raises(SystemExit, match="no such checkpoint"):
+        M.load_checkpoint(str(tmp_path / "none.pt"))
+    (tmp_path / "noise.pt").write_bytes(b"not a checkpoint")
+    with pytest.raises(SystemExit, match="not a checkpoint of this project"):
+        M.load_checkpoint(str(tmp_path / "noise.pt"))
+    net, vae = M.build("tiny"), M.PatchVAE()
+    good = {"stage": "stage1", "config": {"model": "tiny"}, "step": 3, "student": net.state_dict(),
+            "vae": vae.state_dict()}
+    torch.save(good, tmp_path / "good.pt")
+    loaded, _, info = M.load_checkpoint(str(tmp_path / "good.pt"))
+    assert info["step"] == 3 and torch.equal(loaded.prompts, net.prompts)
+    with pytest.raises(SystemExit, match="without 'ema'; it has student"):
+        M.load_checkpoint(str(tmp_path / "good.pt"), "ema")
+    torch.save(good | {"student": tiny_net().state_dict()}, tmp_path / "other.pt")
+    with pytest.raises(SystemExit, match="another preset"):
+        M.load_checkpoint(str(tmp_path / "other.pt"))
+    with pytest.raises(SystemExit, match="tiny, small, wan1.3b"):
+        M.build("large")
