@@ -1,0 +1,201 @@
+"""Plumbing shared by every script. Nothing in this file comes from the paper, and importing it does nothing."""
+import argparse
+import inspect
+import json
+import os
+import re
+import subprocess
+import sys
+import zlib
+from dataclasses import asdict, fields
+
+import torch
+import torch.distributed as dist
+
+# ----------------------------------------------------------------------------
+# configuration
+
+
+def parse_config(Config, presets, argv=None):
+    """Build a Config. Later wins: field defaults < --preset NAME < --field VALUE.
+
+    The trailing comment of a field is its --help text. Unknown flags and values of the wrong type stop the script.
+    """
+    comments = dict(re.findall(r"^    (\w+):.*?#\s*(.*)$", inspect.getsource(Config), re.M))
+    cli = argparse.ArgumentParser(allow_abbrev=False, description=sys.modules[Config.__module__].__doc__,
+                                  formatter_class=argparse.RawDescriptionHelpFormatter)
+    cli.add_argument("--preset", choices=list(presets), default=next(iter(presets)), help="scale of the run")
+    for f in fields(Config):
+        note = f"{comments.get(f.name, '')} (default {f.default!r})".replace("%", "%%")
+        if isinstance(f.default, bool):
+            cli.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, help=note)
+        elif isinstance(f.default, tuple):
+            cli.add_argument(f"--{f.name}", nargs="+", type=type(f.default[0]), help=note)
+        else:
+            cli.add_argument(f"--{f.name}", type=type(f.default), help=note)
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(cli.parse_args(argv)).items() if v is not None}
+    return Config(**(presets[given.pop("preset")] | given))
+
+
+# ----------------------------------------------------------------------------
+# processes, devices, seeds
+
+
+def setup():
+    """Join the process group that torchrun describes, if any. Returns (rank, world, device)."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return rank, world, device
+
+
+def cleanup():
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def reseed(*key):
+    """Seed torch from a key such as (seed, "stage 1", step), the same on every rank.
+
+    Called at the top of every step, so a resumed run draws what the unbroken run would have drawn.
+    """
+    torch.manual_seed(zlib.crc32(repr(key).encode()))
+
+
+def draw(sampler, shape, rank, world, device):
+    """This rank's rows of sampler((world * shape[0], ...)), torch.rand or torch.randn.
+
+    The numbers are drawn for the whole batch from the seed that all ranks share: two ranks with batch B train
+    on what one process with batch 2B would, and no two ranks see the same noise.
+    """
+    n = shape[0]
+    return sampler((world * n, *shape[1:]), device=device)[rank * n:(rank + 1) * n]
+
+
+def mean(value):
+    """A number averaged over all ranks."""
+    value = torch.as_tensor(value).detach().float().clone()
+    if dist.is_initialized():
+        dist.all_reduce(value)
+        value /= dist.get_world_size()
+    return value.item()
+
+
+def ema_update(ema, net, decay):
+    """ema <- decay * ema + (1 - decay) * net, parameter by parameter."""
+    with torch.no_grad():
+        torch._foreach_lerp_(list(ema.parameters()), list(raw(net).parameters()), 1 - decay)
+
+
+# ----------------------------------------------------------------------------
+# checkpoints and logs (call save, start_run, log and panel on rank 0 only)
+
+
+def raw(part):
+    """The module inside a DDP wrapper, or the part itself."""
+    return getattr(part, "module", part)
+
+
+def save(path, cfg, stage, step, **parts):
+    """Write {stage, config, step, one state dict per part} under a temporary name, then rename: never half a file."""
+    state = {k: raw(p).state_dict() if hasattr(raw(p), "state_dict") else p for k, p in parts.items()}
+    torch.save({"stage": stage, "config": asdict(cfg), "step": step, **state}, path + ".tmp")
+    os.replace(path + ".tmp", path)
+
+
+def continue_from(path, cfg, parts):
+    """With cfg.resume, fill the parts from the checkpoint of the interrupted run. Returns its step, or 0."""
+    if not cfg.resume or not os.path.exists(path):
+        return 0
+    state = torch.load(path, map_location="cpu", weights_only=True)     # cpu: else all ranks share GPU 0
+    for name, part in parts.items():
+        try:
+            part.load_state_dict(state[name])
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise SystemExit(f"{path}: cannot continue, {name!r} does not fit ({str(error).splitlines()[0][:100]}); "
+                             "name another --out, or remove the file") from None
+    return state["step"]
+
+
+def start_run(out_dir, cfg):
+    """Make out_dir and write run.json (config, command, commit, versions).
+
+    Lines of log.jsonl after the checkpoint belong to steps that will be done again: they are dropped.
+    """
+    last = f"{out_dir}/last.pt"
+    if os.path.exists(last) and not cfg.resume:
+        raise SystemExit(f"{last} exists: add --resume to continue it, or name another --out")
+    os.makedirs(out_dir, exist_ok=True)
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
+    about = {"config": asdict(cfg), "argv": sys.argv, "commit": git.stdout.strip(), "torch": torch.__version__,
+             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}
+    with open(f"{out_dir}/run.json", "w") as f:
+        json.dump(about, f, indent=2)
+    step = torch.load(last, map_location="cpu", weights_only=True)["step"] if os.path.exists(last) else 0
+    kept = [line for line in read_log(out_dir) if line["step"] <= step]
+    with open(f"{out_dir}/log.jsonl", "w") as f:
+        f.writelines(json.dumps(line) + "\n" for line in kept)
+
+
+def log(out_dir, bar, step, **values):
+    """One JSON line in out_dir/log.jsonl and the same numbers behind the progress bar."""
+    values = {k: round(v, 6) if isinstance(v, float) else v for k, v in values.items()}
+    with open(f"{out_dir}/log.jsonl", "a") as f:
+        f.write(json.dumps({"step": step, **values}) + "\n")
+    bar.set_postfix_str(" ".join(f"{k} {v:.3g}" for k, v in values.items() if isinstance(v, (int, float))))
+
+
+def read_log(out_dir):
+    """The lines of log.jsonl as dicts; a line cut short by a kill is skipped."""
+    lines = []
+    if os.path.exists(f"{out_dir}/log.jsonl"):
+        for line in open(f"{out_dir}/log.jsonl"):
+            try:
+                lines.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+    return lines
+
+
+def panel(path, columns, verdicts=()):
+    """A PNG of the middle frames of some clips, and next to it loss.png, every number of log.jsonl over the step.
+
+    columns: {title: video (B, 3, F, H, W) in [-1, 1]}. verdicts: lines of text below.
+    """
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = min(4, len(next(iter(columns.values()))))
+    fig, axes = plt.subplots(rows, len(columns), figsize=(2.2 * len(columns), 2.2 * rows + 0.5 + 0.22 * len(verdicts)),
+                             squeeze=False, layout="constrained")
+    for column, (title, video) in enumerate(columns.items()):
+        for row in range(rows):
+            frame = video[row, :, video.shape[2] // 2].detach().float().cpu()
+            axes[row][column].imshow((frame.permute(1, 2, 0) / 2 + 0.5).clamp(0, 1).numpy(), interpolation="nearest")
+            axes[row][column].axis("off")
+        axes[0][column].set_title(title, fontsize=9)
+    fig.supxlabel("\n".join(verdicts) or " ", fontsize=8, ha="left", x=0.01)
+    fig.savefig(path, dpi=110)
+    plt.close(fig)
+
+    lines = read_log(os.path.dirname(path))
+    names = [k for k in dict.fromkeys(k for line in lines for k in line) if k != "step"
+             and all(isinstance(line.get(k, 0), (int, float)) for line in lines)]
+    fig, axes = plt.subplots(-(-len(names) // 4) or 1, 4, figsize=(13, 2.4 * (-(-len(names) // 4) or 1)),
+                             squeeze=False, layout="constrained")
+    for axis, name in zip(axes.flat, names, strict=False):
+        points = [(line["step"], line[name]) for line in lines if name in line]
+        axis.plot(*zip(*points, strict=True), linewidth=0.9)
+        axis.set_title(name, fontsize=9)
+    fig.savefig(os.path.join(os.path.dirname(path), "loss.png"), dpi=90)
+    plt.close(fig)
