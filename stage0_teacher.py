@@ -1,0 +1,193 @@
+"""Stage 0: the multi-step teacher, a flow-matching video super-resolution model.
+
+The paper starts from such a model and does not describe its training; this one follows SeedVR where it can.
+
+    python stage0_teacher.py                                    # tiny, on a CPU
+    torchrun --nproc_per_node=8 stage0_teacher.py --preset small
+
+Reads   the videos and photographs under --data.
+Writes  out/<preset>/stage0/last.pt: net, ema (the teacher that stage I reads), vae, optimiser; log.jsonl, panel.png.
+
+Differs from the paper: (1) trained from scratch, with a linear patch code in place of its video VAE, at the presets
+tiny and small; (2) two learned prompts, "high quality" and "low quality", in place of captions: clips that carry the
+second one are softened, so that classifier-free guidance has a direction (as SUPIR does with images).
+"""
+import os
+from copy import deepcopy
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel as DDP
+from tqdm import tqdm
+
+import common
+import data
+import model as M
+
+# ----------------------------------------------------------------------------
+# constants: edit here, or override with --name value
+
+
+@dataclass
+class Config:
+    model: str = "tiny"             # row of MODELS in model.py
+    out: str = "out/tiny"           # folder of the run; this stage writes <out>/stage0
+    data: str = "samples/train"     # folder of videos and photographs
+    clips: int = 256                # degraded clips kept on disk, from which crops are cut
+    resume: bool = False            # continue from the last checkpoint
+    seed: int = 0                   # of weights, clips and noise
+    steps: int = 14_000             # optimiser steps
+    batch: int = 8                  # crops per process
+    lr: float = 1e-3                # AdamW learning rate after warm-up [ours]
+    warmup: int = 200               # steps from 0 to lr
+    decay: float = 0.3              # last share of the steps, in which lr falls to 0
+    ema: float = 0.999              # decay of the averaged weights [SeedVR: 0.9998]
+    text_drop: float = 0.1          # share of clips that lose their prompt; z_lr is never dropped
+    negative: float = 0.25          # share of clips with softened target and the negative prompt [SUPIR]
+    lr_noise: float = 0.1           # z_lr <- (1 - a) z_lr + a n, a ~ U(0, lr_noise) [SeedVR: 0.25]
+    shift: float = 1.0              # time shift of the training times, uniform at 1 [SeedVR: 5 for large videos]
+    vae_steps: int = 1_500          # steps that fit the decoder of the patch code
+    vae_noise: float = 0.15         # noise on its latents, up to this standard deviation
+    log_every: int = 20             # steps between log lines
+    save_every: int = 500           # steps between checkpoints and panels
+
+
+PRESETS = {                         # the first one is the default
+    "tiny":  dict(),
+    "small": dict(model="small", out="out/small", clips=4000, batch=16, lr=3e-4, warmup=1000),
+}
+
+# ----------------------------------------------------------------------------
+# the maths of this stage
+
+
+def flow_loss(net, z_0, z_lr, text, t, eps, autocast):
+    """Flow-matching loss E ||v(z_t, t, z_lr, c) - (eps - z_0)||^2 per sample, (B,). z_0, z_lr, eps: (B, C, T, H, W)."""
+    with autocast:
+        v = net(M.add_noise(z_0, eps, t), t, z_lr, text)
+    return (v.float() - (eps - z_0)).square().mean(dim=(1, 2, 3, 4))
+
+
+def draw_prompts(u_negative, u_drop, negative, text_drop):
+    """Prompt ids (B,) and which targets to soften (B,) bool, from uniform numbers (B,).
+
+    A dropped prompt keeps its clip's target: the null branch learns the mixture of both qualities.
+    """
+    soft = u_negative < negative
+    text = torch.where(soft, M.NEGATIVE, M.POSITIVE)
+    return torch.where(u_drop < text_drop, M.NULL, text), soft
+
+
+def soften(video, sigma):
+    """Gaussian blur of standard deviation sigma (B,) pixels. video: (B, 3, F, H, W)."""
+    x = torch.arange(-4.0, 5.0, device=video.device)
+    kernel = torch.softmax(-x.square() / (2 * sigma[:, None].square()), dim=1)                  # (B, 9)
+    flat = video.flatten(1, 2).transpose(0, 1)                                                  # (3F, B, H, W)
+    flat = F.pad(flat, (4, 4, 4, 4), mode="replicate")
+    flat = F.conv2d(flat, kernel[:, None, :, None], groups=len(video))
+    flat = F.conv2d(flat, kernel[:, None, None, :], groups=len(video))
+    return flat.transpose(0, 1).unflatten(1, (3, -1))
+
+
+def learning_rate(step, cfg):
+    """Linear warm-up, constant, linear decay to 0 over the last share of the steps."""
+    return cfg.lr * min(1, (step + 1) / cfg.warmup, (cfg.steps - step) / (cfg.decay * cfg.steps))
+
+
+def fit_vae(bank, cfg, device):
+    """The video code: PCA in closed form, then the decoder's correction on noisy latents by squared error."""
+    common.reseed(cfg.seed, "vae")
+    vae = M.PatchVAE().to(device)
+    hr, _ = bank.batch(0, min(64, len(bank)))
+    vae.fit(hr.to(device))
+    optimiser = torch.optim.Adam(vae.correct.parameters(), lr=2e-3)
+    for step in tqdm(range(cfg.vae_steps), "video code", dynamic_ncols=True):
+        for group in optimiser.param_groups:
+            group["lr"] = 2e-3 * (1 - step / cfg.vae_steps)
+        hr = bank.batch(step * 4, 4)[0].to(device)
+        z = vae.encode(hr)
+        z = z + cfg.vae_noise * torch.rand(len(z), 1, 1, 1, 1, device=device) * torch.randn_like(z)
+        loss = F.mse_loss(vae.decode(z), hr)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    return vae
+
+
+# ----------------------------------------------------------------------------
+
+
+def main(cfg):
+    rank, world, device = common.setup()
+    out_dir = f"{cfg.out}/stage0"
+    if rank == 0:
+        common.start_run(out_dir, cfg)
+    bank, clip = data.training_bank(cfg, rank)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+    # the video code is fitted once, by rank 0, and kept in a file of its own until the first checkpoint holds it
+    if rank == 0 and not os.path.exists(f"{out_dir}/vae.pt"):
+        torch.save(fit_vae(bank, cfg, device).cpu().state_dict(), f"{out_dir}/vae.pt.tmp")
+        os.replace(f"{out_dir}/vae.pt.tmp", f"{out_dir}/vae.pt")
+    common.barrier()
+    vae = M.PatchVAE().to(device).requires_grad_(False)
+    vae.load_state_dict(torch.load(f"{out_dir}/vae.pt", map_location="cpu", weights_only=True))
+
+    # networks, then resume, then DDP: nothing is loaded into a wrapper
+    common.reseed(cfg.seed, "weights")
+    net = M.build(cfg.model).to(device)
+    ema = deepcopy(net).requires_grad_(False)
+    optimiser = torch.optim.AdamW(net.parameters(), lr=cfg.lr, weight_decay=0.01)
+    parts = dict(net=net, ema=ema, vae=vae, optimiser=optimiser)
+    start = common.continue_from(f"{out_dir}/last.pt", cfg, parts)
+    ddp = DDP(net) if world > 1 else net
+
+    bar = tqdm(range(start, cfg.steps), "stage 0", initial=start, total=cfg.steps, disable=rank > 0, dynamic_ncols=True)
+    for step in bar:
+        common.reseed(cfg.seed, "stage 0", step)
+        B = cfg.batch
+
+        # 1) a batch: softened targets go with the negative prompt, some prompts are dropped, z_lr gets a little noise
+        hr, lr = (x.to(device) for x in bank.batch((step * world + rank) * B, B))
+        u = common.draw(torch.rand, (B, 5), rank, world, device)
+        text, soft = draw_prompts(u[:, 0], u[:, 1], cfg.negative, cfg.text_drop)
+        target = torch.where(M.bcast(soft, hr), soften(hr, 0.7 + 0.8 * u[:, 2]), hr)
+        z_0, z_lr = data.encode_pair(vae, target, lr, clip["window"])
+        a = M.bcast(cfg.lr_noise * u[:, 3], z_lr)
+        z_lr = (1 - a) * z_lr + a * common.draw(torch.randn, z_lr.shape, rank, world, device)
+
+        # 2) one flow-matching step
+        t = M.time_shift(u[:, 4], cfg.shift)
+        eps = common.draw(torch.randn, z_0.shape, rank, world, device)
+        losses = flow_loss(ddp, z_0, z_lr, text, t, eps, autocast)
+        for group in optimiser.param_groups:
+            group["lr"] = learning_rate(step, cfg)
+        optimiser.zero_grad()
+        losses.mean().backward()
+        norm = torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimiser.step()
+        common.ema_update(ema, net, min(cfg.ema, (step + 1) / (step + 10)))
+
+        # 3) log, panel, save
+        done = step + 1
+        if done % cfg.log_every == 0 or done == cfg.steps:
+            loss = common.mean(losses.mean())
+            if rank == 0:
+                common.log(out_dir, bar, done, loss=loss, grad_norm=norm.item(), lr=learning_rate(step, cfg))
+        if rank == 0 and (done % cfg.save_every == 0 or done == cfg.steps):
+            common.save(f"{out_dir}/last.pt", cfg, "stage0", done, **parts)
+            hr, lr = (x.to(device) for x in bank.batch(0, 4))
+            z_0, z_lr = data.encode_pair(vae, hr, lr, clip["window"])
+            eps = torch.randn_like(z_0)
+            with torch.no_grad(), autocast:
+                few, many = (M.sample(ema, eps, z_lr, steps) for steps in (1, 8))
+                guided = M.sample(ema, eps, z_lr, 8, w=1.0)
+            common.panel(f"{out_dir}/panel.png", {
+                "LR": vae.decode(z_lr), "1 step": vae.decode(few), "8 steps": vae.decode(many),
+                "8 steps, w = 1": vae.decode(guided), "HR, coded": vae.decode(z_0)})
+    common.cleanup()
+
+
+if __name__ == "__main__":
+    main(common.parse_config(Config, PRESETS))
