@@ -1,0 +1,216 @@
+"""Stage I: from the multi-step teacher to a one-step student that training can start from.
+
+First CFG distillation: one network learns the guided velocity that took two. Then progressive distillation: a student
+learns to do in one step what its teacher does in two, becomes the teacher, and so on from 64 steps to 1.
+
+    python stage1_pd.py                                         # tiny, on a CPU
+    torchrun --nproc_per_node=8 stage1_pd.py --preset small
+
+Reads   out/<preset>/stage0/last.pt (ema), or weights/tiny_teacher.pt if there is none.
+Writes  out/<preset>/stage1/last.pt: cfg (guided multi-step model, the real score of stage II), student (one step),
+        vae, and what --resume needs; log.jsonl, panel.png, loss.png.
+
+Differs from the paper: (1) the loss compares velocities, not end points: end points weigh the steps of a shifted grid
+up to 541 : 1 (pd_space = "z" is the paper's); (2) guidance is (1 + w) v(c) - w v(null): the factor w on the second
+term is missing in a public summary of the paper, and without it c = null would not give v(null).
+"""
+from copy import deepcopy
+from dataclasses import dataclass
+
+import torch
+from torch.nn.parallel import DistributedDataParallel as DDP
+from tqdm import tqdm
+
+import common
+import data
+import model as M
+
+# ----------------------------------------------------------------------------
+# constants: edit here, or override with --name value
+
+
+@dataclass
+class Config:
+    model: str = "tiny"             # row of MODELS in model.py
+    out: str = "out/tiny"           # folder of the run; this stage writes <out>/stage1
+    data: str = "samples/train"     # folder of videos and photographs
+    clips: int = 96                 # degraded clips kept on disk, from which crops are cut
+    resume: bool = False            # continue from the last checkpoint
+    seed: int = 0                   # of clips and noise
+    batch: int = 4                  # crops per process
+    cfg_w: float = 1.0              # guidance weight, the usual scale is 1 + w [ours; not in the paper's summary]
+    cfg_steps: int = 60             # steps of CFG distillation [not in the paper's summary]
+    cfg_lr: float = 2e-4            # its learning rate, linear to 0 [ours]
+    pd_grid: tuple = (64, 32, 16, 8, 4, 2, 1)   # Euler steps of each teacher, and of the last student [paper]
+    steps_per_phase: int = 60       # steps until the student becomes the teacher [paper: 500]
+    pd_lr: float = 5e-4             # learning rate, linear to 0 in each phase [ours; Salimans & Ho do so]
+    pd_space: str = "v"             # "v": compare velocities [Salimans & Ho]; "z": compare end points [paper]
+    shift: float = 1.0              # time shift of all grids; they nest only if it never changes [Wan: 5 for 720p]
+    log_every: int = 10             # steps between log lines
+    save_every: int = 100           # steps between checkpoints; a panel at the end of each phase
+
+
+PRESETS = {                         # the first one is the default
+    "tiny":  dict(),
+    "small": dict(model="small", out="out/small", clips=4000, batch=16, cfg_steps=500, cfg_lr=5e-5,
+                  steps_per_phase=500, pd_lr=1e-4, save_every=500),
+}
+
+# ----------------------------------------------------------------------------
+# the maths of this stage
+
+
+def cfg_target(velocity, z_t, t, w):
+    """(v_cfg, v_c): the teacher's guided velocity and its conditional part. velocity: (z, t, prompt ids) -> v.
+
+    The null branch drops the text and keeps z_lr.
+    """
+    v_c = velocity(z_t, t, M.prompt(z_t))
+    v_null = velocity(z_t, t, M.prompt(z_t, M.NULL))
+    return M.guide(v_c, v_null, w), v_c
+
+
+def pd_times(u, n, shift):
+    """(t, t', t'') for a student of n steps: the ends t, t'' of one of its steps, the teacher's time t' between them.
+
+    u: (B,) uniform in [0, 1) chooses the step. Only grid points are trained, as in Salimans & Ho.
+    """
+    fine = M.time_grid(2 * n, shift).to(u.device)
+    i = (u * n).long().clamp_max(n - 1)                                 # step i runs from fine[2i + 2] to fine[2i]
+    return fine[2 * i + 2], fine[2 * i + 1], fine[2 * i]
+
+
+def pd_target(velocity, z_t, t, t_mid, t_end):
+    """The velocity that takes z_t to t_end in one step where the teacher takes two, v* = (z_t - z_t'') / (t - t'').
+
+    velocity: the teacher, (z, t) -> v. Returns (v*, the teacher's velocity at z_t), both like z_t.
+    """
+    v = velocity(z_t, t)
+    z_mid = z_t - M.bcast(t - t_mid, z_t) * v
+    z_end = z_mid - M.bcast(t_mid - t_end, z_t) * velocity(z_mid, t_mid)
+    return (z_t - z_end) / M.bcast(t - t_end, z_t), v
+
+
+def pd_loss(v, target, t, t_end, space="v"):
+    """L_PD: mean squared error of velocities, or, space = "z", of the end points z_t - (t - t'') v as in the paper."""
+    error = (v - target).square()
+    if space == "z":
+        error = M.bcast(t - t_end, v).square() * error
+    return error.mean()
+
+
+def ratio(prediction, target, start):
+    """||prediction - target||^2 / ||start - target||^2: 1 when nothing is learnt yet, good under 0.3."""
+    return ((prediction - target).square().mean() / (start - target).square().mean().clamp_min(1e-12)).item()
+
+
+# ----------------------------------------------------------------------------
+
+
+def check(cfg):
+    if any(a != 2 * b for a, b in zip(cfg.pd_grid, cfg.pd_grid[1:], strict=False)) or cfg.pd_grid[-1] != 1:
+        raise SystemExit(f"pd_grid {cfg.pd_grid}: each number must be half the one before, and the last one 1")
+    if cfg.pd_space not in ("v", "z"):
+        raise SystemExit(f'pd_space {cfg.pd_space!r}: "v" or "z"')
+
+
+def main(cfg):
+    check(cfg)
+    rank, world, device = common.setup()
+    out_dir = f"{cfg.out}/stage1"
+    if rank == 0:
+        common.start_run(out_dir, cfg)
+    common.barrier()
+    bank, clip = data.training_bank(cfg, rank)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+    # teacher: whom the student imitates now; student: trained; cfg_net: the student as CFG distillation left it
+    teacher, vae, _ = M.load_checkpoint(M.teacher_file(cfg), "ema", device)
+    student = deepcopy(teacher).requires_grad_(True)
+    cfg_net = deepcopy(teacher)
+    optimiser = torch.optim.AdamW(student.parameters(), lr=cfg.cfg_lr, weight_decay=0)
+    parts = dict(student=student, cfg=cfg_net, teacher=teacher, vae=vae, optimiser=optimiser)
+    start = common.continue_from(f"{out_dir}/last.pt", cfg, parts)
+    ddp = DDP(student) if world > 1 else student
+
+    phases = len(cfg.pd_grid) - 1
+    total = cfg.cfg_steps + phases * cfg.steps_per_phase
+    bar = tqdm(range(start, total), "stage I", initial=start, total=total, disable=rank > 0, dynamic_ncols=True)
+    for step in bar:
+        common.reseed(cfg.seed, "stage 1", step)
+        phase, k = divmod(step - cfg.cfg_steps, cfg.steps_per_phase)    # phase < 0: CFG distillation
+
+        # 1) a phase of progressive distillation begins: the student is the new teacher, the optimiser forgets
+        if phase >= 0 and k == 0:
+            teacher.load_state_dict(student.state_dict())
+            if phase == 0:
+                cfg_net.load_state_dict(student.state_dict())
+            optimiser.state.clear()
+        fraction = k / cfg.steps_per_phase if phase >= 0 else step / cfg.cfg_steps
+        for group in optimiser.param_groups:
+            group["lr"] = (cfg.pd_lr if phase >= 0 else cfg.cfg_lr) * (1 - fraction)
+
+        # 2) one step towards the teacher: its guided velocity, or two of its steps in one
+        hr, lr = (x.to(device) for x in bank.batch((step * world + rank) * cfg.batch, cfg.batch))
+        z_0, z_lr = data.encode_pair(vae, hr, lr, clip["window"])
+        u = common.draw(torch.rand, (cfg.batch,), rank, world, device)
+        eps = common.draw(torch.randn, z_0.shape, rank, world, device)
+
+        def velocity(z, t, text=None, z_lr=z_lr):
+            with autocast:
+                return teacher(z, t, z_lr, M.prompt(z) if text is None else text).float()
+
+        if phase < 0:
+            t = t_end = M.time_shift(u, cfg.shift)
+        else:
+            n = cfg.pd_grid[phase + 1]                                  # steps of this phase's student
+            t, t_mid, t_end = pd_times(u, n, cfg.shift)
+        z_t = M.add_noise(z_0, eps, t)                                  # at n = 1 this is eps: HR plays no part
+        with torch.no_grad():
+            if phase < 0:
+                target, v_start = cfg_target(velocity, z_t, t, cfg.cfg_w)
+            else:
+                target, v_start = pd_target(velocity, z_t, t, t_mid, t_end)
+        with autocast:
+            v = ddp(z_t, t, z_lr, M.prompt(z_t)).float()
+        loss = pd_loss(v, target, t, t_end, cfg.pd_space if phase >= 0 else "v")
+        optimiser.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        optimiser.step()
+
+        # 3) log, save, panel
+        done = step + 1
+        ends = done == cfg.cfg_steps or (phase >= 0 and k + 1 == cfg.steps_per_phase)
+        if done % cfg.log_every == 0 or ends:
+            values = dict(loss=common.mean(loss), ratio=common.mean(ratio(v.detach(), target, v_start)),
+                          guidance=common.mean((target - v_start).square().mean() / v_start.square().mean()))
+            if rank == 0:
+                common.log(out_dir, bar, done, **values, student_steps=0 if phase < 0 else n, grad_norm=norm.item())
+        if rank == 0 and (done % cfg.save_every == 0 or ends):
+            common.save(f"{out_dir}/last.pt", cfg, "stage1", done, **parts)
+        if rank == 0 and ends:
+            hr, lr = (x.to(device) for x in bank.batch(0, 4))
+            z_0, z_lr = data.encode_pair(vae, hr, lr, clip["window"])
+            eps, n = torch.randn_like(z_0), 8 if phase < 0 else n
+            with torch.no_grad(), autocast:
+                before = M.sample(teacher, eps, z_lr, 2 * n if phase >= 0 else 8, cfg.shift)
+                after = M.sample(student, eps, z_lr, n, cfg.shift)
+            names = ("teacher", "CFG-distilled") if phase < 0 else (f"teacher, {2 * n} steps", f"student, {n}")
+            common.panel(f"{out_dir}/panel.png", {"LR": vae.decode(z_lr), names[0]: vae.decode(before),
+                         names[1]: vae.decode(after), "HR, coded": vae.decode(z_0)}, verdicts(out_dir, done))
+    common.cleanup()
+
+
+def verdicts(out_dir, step):
+    """What the last log line says, in plain words."""
+    last = [line for line in common.read_log(out_dir) if line["step"] <= step][-1]
+    words = [f"step {step}: the student is {last['ratio']:.2f} of the way it started from its target"
+             + (" (good)" if last["ratio"] < 0.3 else ": train this phase longer" if last["ratio"] > 0.7 else "")]
+    if last["student_steps"] == 0 and last["guidance"] < 1e-4:
+        words.append("guidance hardly moves the velocity: CFG distillation has nothing to teach; raise cfg_w")
+    return words
+
+
+if __name__ == "__main__":
+    main(common.parse_config(Config, PRESETS))

@@ -1,0 +1,106 @@
+"""Stage I against closed forms: CFG target, progressive-distillation target, composition of perfect students."""
+import pytest
+import torch
+
+import model as M
+import stage1_pd as stage1
+from tests.test_maths import exact_velocity
+
+
+def test_cfg_target_uses_both_prompts():                                                # T14
+    def velocity(z, t, text):
+        return torch.full_like(z, {M.POSITIVE: 1.0, M.NULL: 0.4}[text[0].item()])
+    z = torch.randn(2, 4, 1, 2, 2)
+    v_cfg, v_c = stage1.cfg_target(velocity, z, torch.rand(2), w=2.0)
+    torch.testing.assert_close(v_cfg, torch.full_like(z, 2.2))
+    torch.testing.assert_close(v_c, torch.full_like(z, 1.0))
+
+
+@pytest.mark.parametrize("shift", [1.0, 5.0])
+@pytest.mark.parametrize("n", [32, 4, 1])
+def test_pd_times_are_one_student_step_and_two_teacher_steps(n, shift):                 # T15
+    u = torch.linspace(0, 1 - 1e-6, 1000)
+    t, t_mid, t_end = stage1.pd_times(u, n, shift)
+    grid, fine = M.time_grid(n, shift), M.time_grid(2 * n, shift)
+    assert set(t.tolist()) == set(grid[1:].tolist()) and set(t_end.tolist()) == set(grid[:-1].tolist())
+    assert set(t_mid.tolist()) == set(fine[1::2].tolist())
+    assert (t > t_mid).all() and (t_mid > t_end).all()
+
+
+def test_last_phase_starts_from_noise_alone():                                          # T15e
+    t, t_mid, t_end = stage1.pd_times(torch.rand(8), 1, 1.0)
+    assert t.eq(1).all() and t_mid.eq(0.5).all() and t_end.eq(0).all()
+    z_0, eps = torch.randn(2, 8, 4, 1, 2, 2)
+    assert torch.equal(M.add_noise(z_0, eps, t), M.add_noise(z_0.flip(0), eps, t))
+
+
+def test_pd_target_is_the_weighted_mean_of_two_teacher_velocities():                    # T15b
+    seen = []
+
+    def velocity(z, t):
+        seen.append((z, t, torch.randn_like(z)))
+        return seen[-1][2]
+    z_t = torch.randn(3, 4, 1, 2, 2)
+    t, t_mid, t_end = torch.tensor([[1.0, .75, .5], [.8, .7, .4], [.3, .1, 0]]).T.contiguous()
+    v, first = stage1.pd_target(velocity, z_t, t, t_mid, t_end)
+    (z1, t1, v1), (z2, t2, v2) = seen
+    b = [M.bcast(x, z_t) for x in (t, t_mid, t_end)]
+    torch.testing.assert_close(v, ((b[0] - b[1]) * v1 + (b[1] - b[2]) * v2) / (b[0] - b[2]))
+    torch.testing.assert_close(z2, z_t - (b[0] - b[1]) * v1)            # the second step starts where the first ends
+    torch.testing.assert_close(z_t - (b[0] - b[2]) * v, z2 - (b[1] - b[2]) * v2)
+    assert torch.equal(t1, t) and torch.equal(t2, t_mid) and torch.equal(z1, z_t) and torch.equal(first, v1)
+
+
+def test_pd_target_of_a_constant_teacher_is_that_constant():                            # T15b
+    z_t = torch.randn(2, 4, 1, 2, 2)
+    times = torch.tensor([[.9, .5], [.7, .3], [.2, 0]])
+    target, _ = stage1.pd_target(lambda z, t: torch.full_like(z, 0.3), z_t, *times)
+    torch.testing.assert_close(target, torch.full_like(z_t, 0.3))
+
+
+def test_pd_loss_spaces():                                                              # T15, 4.3
+    v, target = torch.randn(2, 2, 4, 1, 2, 2)
+    t, t_end = torch.tensor([1.0, 0.5]), torch.tensor([0.0, 0.25])
+    per_sample = (v - target).square().mean((1, 2, 3, 4))
+    assert stage1.pd_loss(v, target, t, t_end).item() == pytest.approx(per_sample.mean().item())
+    end_points = [M.add_noise(x, x, t) for x in (v, target)]            # any z_t: it cancels
+    z_space = sum((M.bcast(t - t_end, v) * (a - b)).square().mean() for a, b in [end_points])
+    assert stage1.pd_loss(v, target, t, t_end, "z").item() == pytest.approx(z_space.item())
+    grid = M.time_grid(64, 5.0).diff()
+    assert (grid.max() / grid.min()).square().item() == pytest.approx(541, rel=0.01)
+
+
+def test_student_of_the_exact_two_step_teacher():                                       # T15c
+    """Data N(0, 1): the best linear one-step student is v = 0.5 eps, and its output has gain 0.5."""
+    z = torch.randn(10_000, 1)
+    times = stage1.pd_times(torch.zeros(len(z)), 1, 1.0)
+    target, _ = stage1.pd_target(exact_velocity, z, *times)
+    w = (target * z).sum() / z.square().sum()
+    assert w.item() == pytest.approx(0.5, abs=1e-5)
+
+
+@pytest.mark.parametrize("shift, gain", [(1.0, 0.9801), (5.0, 0.9610)])
+def test_perfect_students_compose_to_the_64_step_sampler(shift, gain):                  # T15d
+    """Data N(0, 1), velocities v = a(t) z: with each phase solved exactly the last step gives the 64-step output."""
+    a = {t.item(): exact_velocity(torch.ones(1), t[None]).item() for t in M.time_grid(64, shift)[1:]}
+    for n in (32, 16, 8, 4, 2, 1):
+        u = (torch.arange(n) + 0.5) / n
+        t, t_mid, t_end = stage1.pd_times(u, n, shift)
+
+        def teacher(z, t, a=a):
+            return z * torch.tensor([a[x.item()] for x in t])[:, None]
+        target, _ = stage1.pd_target(teacher, torch.ones(n, 1), t, t_mid, t_end)
+        a = dict(zip(t.tolist(), target[:, 0].tolist(), strict=True))
+    assert 1 - a[1.0] == pytest.approx(gain, abs=1e-4)
+
+
+def test_ratio_starts_at_one():
+    start, target = torch.randn(2, 4, 4)
+    assert stage1.ratio(start, target, start) == 1 and stage1.ratio(target, target, start) == 0
+
+
+@pytest.mark.parametrize("changes, words", [
+    (dict(pd_grid=(64, 32, 8, 1)), "half"), (dict(pd_grid=(4, 2)), "last one 1"), (dict(pd_space="x"), '"v" or "z"')])
+def test_bad_constants_are_refused(changes, words):
+    with pytest.raises(SystemExit, match=words):
+        stage1.check(stage1.Config(**changes))
