@@ -1,0 +1,317 @@
+"""Stage II: dual-stream distillation. A one-step student follows two teachers at once.
+
+DMD moves the student's distribution towards the teacher's: a frozen "real" score model says where clean data lie, a
+"fake" one, trained along on the student's own outputs, says where the student's lie; their difference is the gradient.
+RFS-GAN moves it towards real video: a small convolutional head reads the features of both score models.
+
+    python stage2_dual.py                                       # tiny, on a CPU
+    torchrun --nproc_per_node=8 stage2_dual.py --preset small
+
+Reads   out/<preset>/stage1/last.pt: cfg (real score, and where the fake score starts), student.
+Writes  out/<preset>/stage2/last.pt: student (averaged weights, read by stage III), net (its raw weights), fake, head,
+        vae, and what --resume needs; log.jsonl, panel.png, loss.png.
+
+Differs from the paper: (1) L_DMD carries the factor 1/2 of DMD2, so that its gradient is the normalised difference
+itself (dmd_half = False drops it); (2) the real score is the CFG-distilled model, one pass for a guided prediction;
+(3) hinge logits per patch. What a public summary of the paper leaves open is marked [ours] or with its source.
+"""
+from copy import deepcopy
+from dataclasses import dataclass
+from itertools import chain
+
+import torch
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel as DDP
+from tqdm import tqdm
+
+import common
+import data
+import model as M
+
+# ----------------------------------------------------------------------------
+# constants: edit here, or override with --name value
+
+
+@dataclass
+class Config:
+    model: str = "tiny"             # row of MODELS in model.py
+    out: str = "out/tiny"           # folder of the run; this stage writes <out>/stage2
+    data: str = "samples/train"     # folder of videos and photographs
+    clips: int = 96                 # degraded clips kept on disk, from which crops are cut
+    resume: bool = False            # continue from the last checkpoint
+    seed: int = 0                   # of weights, clips and noise
+    batch: int = 4                  # crops per process
+    streams: tuple = ("dmd", "gan")  # what teaches the student: either or both [paper: both]
+    order: str = "joint"            # "joint", or "sequential": DMD in the first half, GAN in the second [paper: joint]
+    features: str = "both"          # score models whose features the head reads: "both", "real", "fake" [paper: both]
+    steps: int = 40                 # student updates [not in the paper's summary; 2,000 to 4,000 at 1.3B: FastVideo]
+    aux_warmup: int = 30            # auxiliary updates before the first student update [ours]
+    aux_per_student: int = 3        # auxiliary updates (fake score, head) per student update [paper]
+    w_dmd: float = 1.0              # weight of L_DMD [paper]
+    w_gan: float = 0.1              # weight of L_G [paper]
+    w_fm: float = 0.05              # weight of L_FM [paper]
+    dmd_half: bool = True           # 1/2 in L_DMD [DMD2]; the paper writes none, which doubles L_DMD
+    t_min: float = 0.02             # score times are t_min + (t_max - t_min) shift(u) [DMD2]
+    t_max: float = 0.98             # a narrower range, such as 0.7, keeps closer to the LR [DMD2]
+    shift: float = 1.0              # shift of the score times [ours; 5 at 1.3B: Self-Forcing]
+    real_score: str = "cfg"         # "cfg": CFG-distilled, one pass; "teacher": stage 0 with guidance, two [ours]
+    real_w: float = 1.0             # guidance weight of real_score "teacher" [ours]
+    fm_norm: str = "mse"            # L_FM: "mse" [paper] or "l1" [SeedVR2]
+    pooled: bool = False            # one logit per clip [DMD2] instead of one per patch
+    gan_same_noise: bool = True     # HR and student sample share t and eps; L_FM needs it [ours]
+    lr: float = 1e-4                # student learning rate [ours; 2e-6 at 1.3B: CausVid]
+    lr_fake: float = 2e-4           # fake score learning rate [ours]
+    lr_head: float = 2e-4           # head learning rate [ours]
+    ema: float = 0.99               # decay of the student's average [Self-Forcing]
+    clip_norm: float = 1.0          # gradient norm at which each network is clipped [ours; 10 at 1.3B: DMD2]
+    log_every: int = 5              # student updates between log lines
+    save_every: int = 20            # student updates between checkpoints and panels
+
+
+PRESETS = {                         # the first one is the default
+    "tiny":  dict(),
+    "small": dict(model="small", out="out/small", clips=4000, batch=16, steps=1000, aux_warmup=200, lr=2e-5,
+                  lr_fake=4e-5, lr_head=1e-4, log_every=10, save_every=100),
+}
+
+HEAD_CHANNELS = {"tiny": 64, "small": 128, "wan1.3b": 512}         # width of the discriminator head [ours]
+
+# ----------------------------------------------------------------------------
+# the maths of this stage
+
+
+def score_times(u, t_min, t_max, shift):
+    """t = t_min + (t_max - t_min) shift(u), u: (B,) uniform. Rescaled, not clamped: no time is an atom."""
+    return t_min + (t_max - t_min) * M.time_shift(u, shift)
+
+
+def dmd_gradient(z_0, x_real, x_fake):
+    """The DMD direction in z_0, normalised per sample: (x_fake - x_real) / mean |z_0 - x_real|, Eq. (8) of DMD.
+
+    x_real, x_fake: (B, C, T, H, W) clean estimates of the two score models at the same z_t. Since x = z_t - t v this is
+    t (v_real - v_fake) over the normaliser: in velocities the sign turns. Returns (g, keep): keep (B,) is 0 for a
+    sample whose mean |g| exceeds 10 (a spike, not a direction) or is not finite.
+    """
+    axes = (1, 2, 3, 4)
+    scale = (z_0 - x_real).abs().mean(dim=axes, keepdim=True).clamp_min(1e-5)
+    g = (x_fake - x_real) / scale
+    keep = (g.abs().mean(dim=axes) < 10).float()                        # false for NaN as well
+    return torch.nan_to_num(g), keep
+
+
+def dmd_loss(z_0, g, keep, half=True):
+    """L_DMD = 1/2 mean (z_0 - sg[z_0 - g])^2: a number whose gradient in z_0 is g / (elements of z_0).
+
+    z_0: student output, with gradient. Its value is mean g^2 / 2 and says nothing about progress.
+    """
+    target = (z_0 - g).detach()                                         # the stop-gradient makes g the gradient
+    loss = (M.bcast(keep, z_0) * (z_0 - target).square()).mean()
+    return 0.5 * loss if half else loss
+
+
+def hinge_d(logits_real, logits_fake):
+    """L_D = E max(0, 1 - D(z_t^HR)) + E max(0, 1 + D(z_t^S)), the mean over patches taken after the hinge."""
+    return F.relu(1 - logits_real).mean() + F.relu(1 + logits_fake).mean()
+
+
+def hinge_g(logits_fake):
+    """L_G = -E D(z_t^S)."""
+    return -logits_fake.mean()
+
+
+def fm_loss(fake, real, norm="mse"):
+    """L_FM: distance of the student's score-model features from those of HR, (B, N, D) each, averaged over the list.
+
+    Features are normalised over D, so a term lies in [0, 4] and is 2 for unrelated ones. HR's are the target.
+    """
+    distance = F.mse_loss if norm == "mse" else F.l1_loss
+    pairs = zip(fake, real, strict=True)
+    return sum(distance(M.normalise(f), M.normalise(r).detach()) for f, r in pairs) / len(fake)
+
+
+# ----------------------------------------------------------------------------
+
+
+def check(cfg):
+    known = {"order": ("joint", "sequential"), "features": ("both", "real", "fake"), "real_score": ("cfg", "teacher"),
+             "fm_norm": ("mse", "l1")}
+    for name, values in known.items():
+        if vars(cfg)[name] not in values:
+            raise SystemExit(f"{name} {vars(cfg)[name]!r}: one of {', '.join(values)}")
+    if not set(cfg.streams) <= {"dmd", "gan"} or not cfg.streams:
+        raise SystemExit(f"streams {cfg.streams}: dmd, gan, or both")
+    if cfg.order == "sequential" and set(cfg.streams) != {"dmd", "gan"}:
+        raise SystemExit("order sequential needs both streams")
+
+
+def main(cfg):
+    check(cfg)
+    rank, world, device = common.setup()
+    out_dir = f"{cfg.out}/stage2"
+    if rank == 0:
+        common.start_run(out_dir, cfg)
+    common.barrier()
+    bank, clip = data.training_bank(cfg, rank)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+    # real: frozen score model; fake: trained score model, a multi-step model like real, from which it starts;
+    # head: discriminator head on the features of both; average: of the student's weights, for use and never fed back
+    student, vae, _ = M.load_checkpoint(f"{cfg.out}/stage1/last.pt", "student", device)
+    fake, _, _ = M.load_checkpoint(f"{cfg.out}/stage1/last.pt", "cfg", device)
+    real = M.load_checkpoint(M.teacher_file(cfg), "ema", device)[0] if cfg.real_score == "teacher" else deepcopy(fake)
+    average = deepcopy(student)
+    taps = M.tap_blocks(len(real.blocks))
+    side = clip["crop"] // vae.stride // 2                              # tokens per row of a crop
+    common.reseed(cfg.seed, "head")
+    dim = real.head.head.in_features
+    head = M.RFSHead(dim, len(taps), HEAD_CHANNELS[cfg.model], (clip["window"], side, side),
+                     models=2 if cfg.features == "both" else 1, pooled=cfg.pooled).to(device)
+    student.requires_grad_(True), fake.requires_grad_(True)
+    opt_student = torch.optim.AdamW(student.parameters(), lr=cfg.lr, betas=(0, 0.999), weight_decay=0)
+    opt_fake = torch.optim.AdamW(fake.parameters(), lr=cfg.lr_fake, betas=(0, 0.999), weight_decay=0)
+    opt_head = torch.optim.AdamW(head.parameters(), lr=cfg.lr_head, betas=(0, 0.999), weight_decay=0)
+
+    parts = dict(student=average, net=student, fake=fake, head=head, vae=vae,
+                 opt_student=opt_student, opt_fake=opt_fake, opt_head=opt_head)
+    start = common.continue_from(f"{out_dir}/last.pt", cfg, parts)
+    student_ddp, fake_ddp, head_ddp = (DDP(net) if world > 1 else net for net in (student, fake, head))
+
+    def next_batch(i):
+        """Batch i of the run: HR and LR latents, (B, C, T, head, W) each."""
+        hr, lr = (x.to(device) for x in bank.batch((i * world + rank) * cfg.batch, cfg.batch))
+        return data.encode_pair(vae, hr, lr, clip["window"])
+
+    def noise(z):
+        """Score times and the noise that is added there: one t per clip, the same for DMD, GAN and L_Diff."""
+        u = common.draw(torch.rand, (len(z),), rank, world, device)
+        return (score_times(u, cfg.t_min, cfg.t_max, cfg.shift),
+                common.draw(torch.randn, z.shape, rank, world, device))
+
+    def score(net, z_t, t, z_lr):
+        """(velocity, features of the tapped blocks) of a score model."""
+        with autocast:
+            v, features = net(z_t, t, z_lr, M.prompt(z_t), taps)
+            if net is real and cfg.real_score == "teacher":
+                with torch.no_grad():
+                    v = M.guide(v, net(z_t, t, z_lr, M.prompt(z_t, M.NULL)), cfg.real_w)
+        return v.float(), features
+
+    def chosen(real, fake):
+        """The features that the head and L_FM see."""
+        return {"both": real + fake, "real": real, "fake": fake}[cfg.features]
+
+    # the steps before 0 are the warm-up: auxiliary updates alone, until fake score and head know the student
+    first = start - cfg.aux_warmup
+    bar = tqdm(range(first, cfg.steps), "stage II", initial=start, total=cfg.steps + cfg.aux_warmup, disable=rank > 0,
+               dynamic_ncols=True)
+    for step in bar:
+        common.reseed(cfg.seed, "stage 2", step)
+        batches = step + cfg.aux_warmup if step < 0 else cfg.aux_warmup + step * (cfg.aux_per_student + 1)
+        active = set(cfg.streams)
+        if cfg.order == "sequential":
+            active = {"dmd"} if step < cfg.steps // 2 else {"gan"}
+        gan = "gan" in active
+
+        # 1) auxiliary updates: the fake score follows the student (L_Diff), the head tells it from HR (L_D)
+        for k in range(cfg.aux_per_student if step >= 0 else 1):
+            z_hr, z_lr = next_batch(batches + k)
+            with torch.no_grad(), autocast:
+                z_0 = M.one_step(student, common.draw(torch.randn, z_lr.shape, rank, world, device), z_lr)
+            t, eps = noise(z_0)
+            z_t = M.add_noise(z_0, eps, t)
+            v_fake, f_fake = score(fake_ddp, z_t, t, z_lr)                 # one forward for L_Diff and for L_D
+            loss_diff = F.mse_loss(v_fake, eps - z_0)
+            loss_d = torch.zeros((), device=device)
+            if gan or step < 0:
+                t_hr, eps_hr = (t, eps) if cfg.gan_same_noise else noise(z_hr)
+                z_t_hr = M.add_noise(z_hr, eps_hr, t_hr)
+                with torch.no_grad():
+                    f_real = score(real, z_t, t, z_lr)[1]
+                    f_hr = chosen(score(real, z_t_hr, t_hr, z_lr)[1], score(fake, z_t_hr, t_hr, z_lr)[1])
+                f_s = chosen(f_real, [f.detach() for f in f_fake])      # stop-gradient: the head trains, F does not
+                with autocast:
+                    logits = head_ddp([torch.cat(pair) for pair in zip(f_hr, f_s, strict=True)])
+                loss_d = hinge_d(*logits.float().chunk(2))
+            opt_fake.zero_grad(), opt_head.zero_grad()
+            (loss_diff + loss_d).backward()                             # disjoint parameters: one backward serves both
+            torch.nn.utils.clip_grad_norm_(fake.parameters(), cfg.clip_norm)
+            torch.nn.utils.clip_grad_norm_(head.parameters(), cfg.clip_norm)
+            opt_fake.step()
+            if gan or step < 0:
+                opt_head.step()
+        if step < 0:
+            bar.set_postfix_str(f"warm-up: diff {loss_diff.item():.3g} d {loss_d.item():.3g}")
+            continue
+
+        # 2) student update: L = w_dmd L_DMD + w_gan L_G + w_fm L_FM, all on one noised student sample
+        fake.requires_grad_(False), head.requires_grad_(False)          # they pass gradient on to z_0 but take none
+        z_hr, z_lr = next_batch(batches + cfg.aux_per_student)
+        with autocast:
+            z_0 = M.one_step(student_ddp, common.draw(torch.randn, z_lr.shape, rank, world, device), z_lr)
+        t, eps = noise(z_0)
+        z_t = M.add_noise(z_0, eps, t)
+        with torch.set_grad_enabled(gan):                               # DMD alone needs no gradient through real and F
+            v_real, f_real = score(real, z_t, t, z_lr)
+            v_fake, f_fake = score(fake, z_t, t, z_lr)
+        losses = {}
+        with torch.no_grad():
+            x_real, x_fake = M.to_x0(z_t, v_real, t), M.to_x0(z_t, v_fake, t)
+            g, keep = dmd_gradient(z_0, x_real, x_fake)
+        if "dmd" in active:
+            losses["dmd"] = cfg.w_dmd * dmd_loss(z_0, g, keep, cfg.dmd_half)
+        if gan:
+            f_s = chosen(f_real, f_fake)
+            with torch.no_grad():
+                z_t_hr = M.add_noise(z_hr, eps, t)
+                f_hr = chosen(score(real, z_t_hr, t, z_lr)[1], score(fake, z_t_hr, t, z_lr)[1])
+            with autocast:
+                losses["gan"] = cfg.w_gan * hinge_g(head(f_s).float())
+            losses["fm"] = cfg.w_fm * fm_loss(f_s, f_hr, cfg.fm_norm)
+        done = step + 1
+        logs = done % cfg.log_every == 0 or done == cfg.steps
+        if logs:                                                        # what each stream asks of the student's output
+            pull = {k: torch.autograd.grad(x, z_0, retain_graph=True)[0].norm().item() for k, x in losses.items()}
+        opt_student.zero_grad()
+        sum(losses.values()).backward()
+        norm = torch.nn.utils.clip_grad_norm_(student.parameters(), cfg.clip_norm)
+        opt_student.step()
+        common.ema_update(average, student, min(cfg.ema, done / (done + 10)))
+        fake.requires_grad_(True), head.requires_grad_(True)
+
+        # 3) log, save, panel
+        if logs:
+            values = dict(diff=loss_diff, d=loss_d, g_mean=g.abs().mean(), skipped=1 - keep.mean(), grad_norm=norm,
+                          std=z_0.std(), std_real=x_real.std(), **losses, **{f"pull_{k}": v for k, v in pull.items()})
+            values = {k: common.mean(v) for k, v in values.items()}
+            if rank == 0:
+                common.log(out_dir, bar, done, **values)
+        if rank == 0 and (done % cfg.save_every == 0 or done == cfg.steps):
+            common.save(f"{out_dir}/last.pt", cfg, "stage2", cfg.aux_warmup + done, **parts)
+            common.panel(f"{out_dir}/panel.png", {
+                "LR": vae.decode(z_lr), "student": vae.decode(z_0.detach()), "real score's x0": vae.decode(x_real),
+                "fake score's x0": vae.decode(x_fake), "HR, coded": vae.decode(z_hr)}, verdicts(out_dir))
+    common.cleanup()
+
+
+def verdicts(out_dir):
+    """What the latest log lines say, in plain words."""
+    lines = common.read_log(out_dir)[-20:]
+    if not lines:
+        return []
+    last = {k: sum(line.get(k, 0) for line in lines) / len(lines) for k in chain.from_iterable(lines)}
+    words = [f"mean |g| of DMD {last['g_mean']:.2f}: " + ("healthy" if 0.1 < last["g_mean"] < 3 else
+             "the fake score equals the real one" if last["g_mean"] <= 0.1 else "spikes; lower lr")]
+    if last["skipped"] > 0.05:
+        words.append(f"{last['skipped']:.0%} of samples skipped as spikes: see the real score's x0")
+    if "pull_gan" in last:
+        words.append(f"hinge L_D {last['d']:.2f}: " + ("the head has won; lower lr_head" if last["d"] < 0.3 else
+                     "the head has not learnt yet" if last["d"] > 1.95 else "healthy"))
+        if "pull_dmd" in last and last["pull_gan"] > last["pull_dmd"]:
+            words.append("the GAN pulls harder than DMD: halve w_gan")
+    if lines[-1]["diff"] > 1.5 * min(line["diff"] for line in lines):
+        words.append("the fake score lags behind the student: raise aux_per_student or lr_fake")
+    return words
+
+
+if __name__ == "__main__":
+    main(common.parse_config(Config, PRESETS))
