@@ -17,6 +17,7 @@ DiT is the Wan2.1 block at every size, under Wan's own parameter names (Wan-Vide
 twice the input channels: the noisy latent and the latent of the upsampled low-resolution video, [z_t, z_lr].
 """
 import functools
+import itertools
 import os
 
 import torch
@@ -287,6 +288,50 @@ class RFSHead(nn.Module):
 def normalise(feature):
     """LayerNorm over the width without parameters: features of all depths get the same scale. (B, N, D)."""
     return F.layer_norm(feature.float(), feature.shape[-1:])
+
+
+# ----------------------------------------------------------------------------
+# latents larger than the network was trained on
+
+
+def tile_starts(n, tile, overlap):
+    """Where tiles of this length start so that they cover 0..n, neighbours sharing at least `overlap`."""
+    if n <= tile:
+        return [0]
+    return [*range(0, n - tile, tile - overlap), n - tile]
+
+
+def tile_weight(n, overlap, device):
+    """(n,) trapezoid: 1 inside, falling towards both ends over `overlap`, never 0."""
+    i = torch.arange(n, device=device)
+    return ((1 + torch.minimum(i, n - 1 - i)) / (overlap + 1)).clamp_max(1.0)
+
+
+def tiled(net, tile, overlap=(1, 4, 4), at_once=8):
+    """A velocity function (z, t, z_lr, text) for latents of any size: net on overlapping tiles, blended.
+
+    tile, overlap: (T, H, W) in latent pixels, H and W even. The noise is in z, so tiles that overlap see the same.
+    at_once: tiles per forward pass.
+    """
+    def velocity(z, t, z_lr, text):
+        sizes = [min(n, k) for n, k in zip(z.shape[2:], tile, strict=True)]
+        starts = [tile_starts(n, k, o) for n, k, o in zip(z.shape[2:], tile, overlap, strict=True)]
+        boxes = [(..., *(slice(a, a + k) for a, k in zip(corner, sizes, strict=True)))
+                 for corner in itertools.product(*starts)]
+        if len(boxes) == 1:
+            return net(z, t, z_lr, text).float()
+        ramps = [tile_weight(k, o, z.device) for k, o in zip(sizes, overlap, strict=True)]
+        weight = ramps[0][:, None, None] * ramps[1][:, None] * ramps[2]
+        out, total = torch.zeros_like(z), torch.zeros(z.shape[2:], device=z.device)
+        for i in range(0, len(boxes), at_once):
+            group = boxes[i:i + at_once]
+            v = net(torch.cat([z[b] for b in group]), t.repeat(len(group)), torch.cat([z_lr[b] for b in group]),
+                    text.repeat(len(group))).float()
+            for box, part in zip(group, v.chunk(len(group)), strict=True):
+                out[box] += weight * part
+                total[box] += weight
+        return out / total
+    return velocity
 
 
 # ----------------------------------------------------------------------------
