@@ -105,7 +105,7 @@ def raw(part):
     return getattr(part, "module", part)
 
 
-def save(path, cfg, stage, step, **parts):
+def save(path, cfg, stage, step, /, **parts):
     """Write {stage, config, step, one state dict per part} under a temporary name, then rename: never half a file."""
     state = {k: raw(p).state_dict() if hasattr(raw(p), "state_dict") else p for k, p in parts.items()}
     torch.save({"stage": stage, "config": asdict(cfg), "step": step, **state}, path + ".tmp")

@@ -167,9 +167,9 @@ def main(cfg):
     head = M.RFSHead(dim, len(taps), HEAD_CHANNELS[cfg.model], (clip["window"], side, side),
                      models=2 if cfg.features == "both" else 1, pooled=cfg.pooled).to(device)
     student.requires_grad_(True), fake.requires_grad_(True)
-    opt_student = torch.optim.AdamW(student.parameters(), lr=cfg.lr, betas=(0, 0.999), weight_decay=0)
-    opt_fake = torch.optim.AdamW(fake.parameters(), lr=cfg.lr_fake, betas=(0, 0.999), weight_decay=0)
-    opt_head = torch.optim.AdamW(head.parameters(), lr=cfg.lr_head, betas=(0, 0.999), weight_decay=0)
+    opt_student = torch.optim.AdamW(student.parameters(), lr=cfg.lr, betas=(0.0, 0.999), weight_decay=0)
+    opt_fake = torch.optim.AdamW(fake.parameters(), lr=cfg.lr_fake, betas=(0.0, 0.999), weight_decay=0)
+    opt_head = torch.optim.AdamW(head.parameters(), lr=cfg.lr_head, betas=(0.0, 0.999), weight_decay=0)
 
     parts = dict(student=average, net=student, fake=fake, head=head, vae=vae,
                  opt_student=opt_student, opt_fake=opt_fake, opt_head=opt_head)

@@ -1,0 +1,302 @@
+"""Stage III: preference fine-tuning. The student learns to prefer what a quality scorer prefers among its own outputs.
+
+Several outputs of the stage II student for each LR clip (they differ in their noise) are ranked by a video quality
+scorer; the best and the worst make a pair, and DPO moves the student from the worst towards the best.
+
+    python stage3_dpo.py                                        # tiny, on a CPU
+    torchrun --nproc_per_node=8 stage3_dpo.py --preset small
+
+Reads   out/<preset>/stage2/last.pt: student.
+Writes  out/<preset>/stage3/pairs.pt, the ranked pairs, used again if they are there (pairs.json, pairs.png show them);
+        out/<preset>/stage3/last.pt: student, vae, and what --resume needs; log.jsonl, panel.png, loss.png.
+
+Differs from the paper: (1) the scorer is an offline proxy unless DOVER or a pyiqa metric is installed and named;
+(2) training happens at t = 1, the only time at which the student is ever run, with fresh noise that both members of
+a pair share (dpo_t = "uniform" is the formula as printed); (3) there the loss is linear in the student's output and
+has no minimum, so an anchor to the stage II student is added (anchor = 0 takes it away).
+"""
+import hashlib
+import json
+import os
+from copy import deepcopy
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel as DDP
+from tqdm import tqdm
+
+import common
+import data
+import metrics
+import model as M
+
+# ----------------------------------------------------------------------------
+# constants: edit here, or override with --name value
+
+
+@dataclass
+class Config:
+    model: str = "tiny"             # row of MODELS in model.py
+    out: str = "out/tiny"           # folder of the run; this stage writes <out>/stage3
+    data: str = "samples/train"     # folder of videos and photographs
+    clips: int = 96                 # degraded clips kept on disk
+    resume: bool = False            # continue from the last checkpoint
+    seed: int = 0                   # of clips and noise
+    batch: int = 4                  # pairs per process
+    pairs: int = 16                 # LR clips for which candidates are made [paper: 2,000 pairs]
+    candidates: int = 4             # outputs per LR clip [not in the paper's summary]
+    scorer: str = "proxy"           # "proxy", "dover", or "pyiqa:<metric>" [paper: DOVER]
+    margin: float = 0.5             # share of the pairs kept, those whose scores differ most [ours]
+    steps: int = 40                 # optimiser steps [paper: 1,000]
+    lr: float = 1e-5                # learning rate [ours]
+    dpo_t: str = "one"              # "one": t = 1; "uniform": t ~ U(0, 1), the formula as printed [paper]
+    dpo_beta: float = 0.0           # beta of the mean-reduced loss; 0: 2 / (alpha median |winner - loser|^2) [ours]
+    beta_mode: str = "constant"     # "constant", or "flow": beta (1 - t)^2, which is 0 at t = 1 [Flow-DPO]
+    anchor: float = 1.0             # times beta / (4 alpha), on |x - x_ref|^2; 0: none [ours]
+    alpha: float = 0.25             # how far the anchor lets the output move, as a share of winner - loser [ours]
+    own_noise: bool = False         # replay each candidate's own noise: a lesson, the gradient is exactly 0
+    log_every: int = 5              # steps between log lines
+    save_every: int = 20            # steps between checkpoints and panels
+
+
+PRESETS = {                         # the first one is the default
+    "tiny":  dict(),
+    "small": dict(model="small", out="out/small", clips=4000, batch=8, pairs=400, candidates=6, steps=300, lr=2e-6,
+                  save_every=100),
+}
+
+# ----------------------------------------------------------------------------
+# the maths of this stage
+
+
+def squared_error(v, target):
+    """Mean squared error per sample, (B,). Means, not sums: with sums beta would grow with the size of the video."""
+    return (v - target).square().mean(dim=(1, 2, 3, 4))
+
+
+def dpo_inside(win, win_ref, lose, lose_ref, beta):
+    """-(beta / 2) ((e_w - e_w^ref) - (e_l - e_l^ref)), the implicit reward margin of Diffusion-DPO. All (B,).
+
+    Positive where the student has moved towards the winner and away from the loser, compared with the reference.
+    """
+    return -beta / 2 * ((win - win_ref) - (lose - lose_ref))
+
+
+def dpo_loss(inside):
+    """L_DPO = -E log sigmoid(inside), the mean taken after the logarithm; ln 2 at the start."""
+    return -F.logsigmoid(inside).mean()
+
+
+def choose_beta(distance, alpha):
+    """beta such that a move of alpha (winner - loser) makes inside about 2: 2 / (alpha median |z_w - z_l|^2)."""
+    return 2 / (alpha * distance.median().item())
+
+
+def rank_pair(scores):
+    """(index of the best, index of the worst, their margin)."""
+    best, worst = int(np.argmax(scores)), int(np.argmin(scores))
+    return best, worst, float(scores[best] - scores[worst])
+
+
+# ----------------------------------------------------------------------------
+# the pairs
+
+
+def make_scorer(name):
+    """A function (candidates: list of uint8 (F, H, W, 3), lr: uint8 (F, h, w, 3)) -> scores, higher is better.
+
+    Raises SystemExit naming what to install if the scorer is not there.
+    """
+    if name == "proxy":
+        return lambda candidates, lr: metrics.proxy_rank(candidates, lr)[0]
+    if name == "dover":
+        try:
+            from dover_scorer import score
+        except ImportError:
+            raise SystemExit("scorer dover: write a module dover_scorer.py with score(frames) -> float (DOVER's two "
+                             "scripts define the number differently: choose one), or use --scorer proxy") from None
+        return lambda candidates, lr: np.array([score(c) for c in candidates])
+    if name.startswith("pyiqa:"):
+        try:
+            import pyiqa
+        except ImportError:
+            raise SystemExit(f"scorer {name}: pip install pyiqa (non-commercial), or use --scorer proxy") from None
+        metric = pyiqa.create_metric(name.split(":", 1)[1])
+        sign = -1 if metric.lower_better else 1
+
+        def score_all(candidates, lr):
+            frames = [torch.from_numpy(c[::4]).permute(0, 3, 1, 2) / 255 for c in candidates]
+            return np.array([sign * metric(f).mean().item() for f in frames])
+        return score_all
+    raise SystemExit(f"scorer {name!r}: proxy, dover, or pyiqa:<metric>")
+
+
+@torch.no_grad()
+def make_pairs(student, vae, bank, clip, cfg, scorer, device):
+    """Candidates, scores, pairs: a dict of tensors, and one record per LR clip for people to read.
+
+    Whole stored clips are judged, not crops: a scorer needs to see something.
+    """
+    size = clip["crop"] // vae.stride
+    velocity = M.tiled(student, (clip["window"], size, size))
+    winners, losers, conditions, noises, records = [], [], [], [], []
+    for i in tqdm(range(cfg.pairs), "candidates", dynamic_ncols=True):
+        common.reseed(cfg.seed, "candidates", i)
+        hr, lr = bank.whole(i % len(bank))
+        z_lr = vae.encode(data.upsample(data.to_tensor(lr)[None].to(device), hr.shape[1:3]))
+        eps = torch.randn(cfg.candidates, *z_lr.shape[1:], device=device)
+        z = torch.cat([M.sample(velocity, e[None], z_lr, 1) for e in eps])
+        videos = [data.to_uint8(vae.decode(x[None])) for x in z]
+        scores = scorer(videos, lr)
+        best, worst, margin = rank_pair(scores)
+        records.append({"clip": i, "scores": [round(float(s), 4) for s in scores], "winner": best, "loser": worst,
+                        "margin": round(margin, 4)})
+        winners.append(z[best].half().cpu()), losers.append(z[worst].half().cpu())
+        conditions.append(z_lr[0].half().cpu()), noises.append(eps[[best, worst]].half().cpu())
+    order = sorted(range(cfg.pairs), key=lambda i: -records[i]["margin"])[:max(1, round(cfg.margin * cfg.pairs))]
+    for i, record in enumerate(records):
+        record["kept"] = i in order
+    kept = {"win": winners, "lose": losers, "lr": conditions, "noise": noises}
+    return {k: torch.stack([x[i] for i in order]) for k, x in kept.items()}, records
+
+
+def show_pairs(path, pairs, vae, device):
+    """pairs.png: the middle frame of LR, loser, winner of the first pairs, and where they differ (x 4)."""
+    lr, lose, win = (vae.decode(pairs[k][:4].float().to(device)) for k in ("lr", "lose", "win"))
+    common.panel(path, {"LR": lr, "loser": lose, "winner": win, "4 (winner - loser)": 4 * (win - lose)})
+
+
+# ----------------------------------------------------------------------------
+
+
+def check(cfg):
+    for name, values in {"dpo_t": ("one", "uniform"), "beta_mode": ("constant", "flow")}.items():
+        if vars(cfg)[name] not in values:
+            raise SystemExit(f"{name} {vars(cfg)[name]!r}: one of {', '.join(values)}")
+    if cfg.candidates < 2:
+        raise SystemExit(f"candidates {cfg.candidates}: a pair needs at least 2")
+
+
+def main(cfg):
+    check(cfg)
+    rank, world, device = common.setup()
+    out_dir = f"{cfg.out}/stage3"
+    if rank == 0:
+        common.start_run(out_dir, cfg)
+    common.barrier()
+    bank, clip = data.training_bank(cfg, rank)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+    # the student and its frozen reference: where it starts
+    source = f"{cfg.out}/stage2/last.pt"
+    student, vae, _ = M.load_checkpoint(source, "student", device)
+    reference = deepcopy(student)
+    student.requires_grad_(True)
+    optimiser = torch.optim.AdamW(student.parameters(), lr=cfg.lr, weight_decay=0)
+    parts = dict(student=student, vae=vae, optimiser=optimiser)
+
+    # the pairs, made once by rank 0; a file made from the same student with the same settings is used again
+    settings = [cfg.pairs, cfg.candidates, cfg.scorer, cfg.margin, cfg.seed, cfg.data, cfg.clips]
+    with open(source, "rb") as f:
+        stamp = hashlib.sha256(f.read() + repr(settings).encode()).hexdigest()
+    path = f"{out_dir}/pairs.pt"
+    if rank == 0 and not (os.path.exists(path) and torch.load(path, weights_only=True)["stamp"] == stamp):
+        pairs, records = make_pairs(reference, vae, bank, clip, cfg, make_scorer(cfg.scorer), device)
+        with open(f"{out_dir}/pairs.json", "w") as f:
+            json.dump({"scorer": cfg.scorer, "pairs": records}, f, indent=1)
+        show_pairs(f"{out_dir}/pairs.png", pairs, vae, device)
+        torch.save({"stamp": stamp, **pairs}, path + ".tmp")
+        os.replace(path + ".tmp", path)
+    common.barrier()
+    pairs = torch.load(path, map_location="cpu", weights_only=True)
+    distance = (pairs["win"].float() - pairs["lose"].float()).square().mean(dim=(1, 2, 3, 4))
+    beta = cfg.dpo_beta or choose_beta(distance, cfg.alpha)
+    lam = cfg.anchor * beta / (4 * cfg.alpha)
+
+    start = common.continue_from(f"{out_dir}/last.pt", cfg, parts)
+    ddp = DDP(student) if world > 1 else student
+
+    def next_batch(step):
+        """(winner, loser, LR, the two noises) of some pairs, one random window of each: (B, C, T, H, W)."""
+        rows = [((step * world + rank) * cfg.batch + k) % len(pairs["win"]) for k in range(cfg.batch)]
+        size, (T, H, W) = clip["crop"] // vae.stride, pairs["win"].shape[2:]
+        u = common.draw(torch.rand, (cfg.batch, 3), rank, world, "cpu")
+        batch = []
+        for row, (a, b, c) in zip(rows, u.tolist(), strict=True):
+            t, y, x = int(a * (T - clip["window"] + 1)), int(b * (H - size + 1)), int(c * (W - size + 1))
+            box = (..., slice(t, t + clip["window"]), slice(y, y + size), slice(x, x + size))
+            batch.append([pairs[k][row][box] for k in ("win", "lose", "lr", "noise")])
+        return [torch.stack(x).float().to(device) for x in zip(*batch, strict=True)]
+
+    bar = tqdm(range(start, cfg.steps), "stage III", initial=start, total=cfg.steps, disable=rank > 0,
+               dynamic_ncols=True)
+    for step in bar:
+        common.reseed(cfg.seed, "stage 3", step)
+
+        # 1) a batch of pairs; the noise and the time are shared by winner and loser
+        z_w, z_l, z_lr, noise = next_batch(step)
+        eps_w = eps_l = common.draw(torch.randn, z_w.shape, rank, world, device)
+        if cfg.own_noise:
+            eps_w, eps_l = noise[:, 0], noise[:, 1]
+        u = common.draw(torch.rand, (cfg.batch,), rank, world, device)
+        t = torch.ones_like(u) if cfg.dpo_t == "one" else u
+
+        # 2) one DPO step: errors of student and reference on winner and loser, in velocities
+        z_t = torch.cat([M.add_noise(z_w, eps_w, t), M.add_noise(z_l, eps_l, t)])
+        target = torch.cat([eps_w - z_w, eps_l - z_l])
+        twice = dict(t=t.repeat(2), z_lr=z_lr.repeat(2, 1, 1, 1, 1), text=M.prompt(z_t))
+        with autocast:
+            v = ddp(z_t, **twice).float()
+            with torch.no_grad():
+                v_ref = reference(z_t, **twice).float()
+        errors = squared_error(v, target).chunk(2)                      # (e_w, e_l)
+        errors_ref = squared_error(v_ref, target).chunk(2)
+        beta_t = beta * (1 - t).square() if cfg.beta_mode == "flow" else beta
+        inside = dpo_inside(errors[0], errors_ref[0], errors[1], errors_ref[1], beta_t)
+        loss_dpo = dpo_loss(inside)
+        drift = (M.bcast(t.repeat(2), v) * (v - v_ref)).square().mean()          # |x - x_ref|^2
+        loss = loss_dpo + lam * drift
+        optimiser.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        optimiser.step()
+
+        # 3) log, save, panel
+        done = step + 1
+        if done % cfg.log_every == 0 or done == cfg.steps:
+            values = dict(dpo=loss_dpo, accuracy=(inside > 0).float().mean(), inside=inside.mean(),
+                          winner_error=errors[0].mean(), winner_change=(errors[0] - errors_ref[0]).mean(),
+                          loser_error=errors[1].mean(), loser_change=(errors[1] - errors_ref[1]).mean(),
+                          drift=drift / (z_w - z_l).square().mean(), grad_norm=norm)
+            values = {k: common.mean(x) for k, x in values.items()}
+            if rank == 0:
+                common.log(out_dir, bar, done, **values, beta=beta)
+        if rank == 0 and (done % cfg.save_every == 0 or done == cfg.steps):
+            common.save(f"{out_dir}/last.pt", cfg, "stage3", done, **parts)
+            with torch.no_grad(), autocast:
+                before, after = (M.one_step(net, eps_w, z_lr) for net in (reference, student))
+            common.panel(f"{out_dir}/panel.png", {
+                "LR": vae.decode(z_lr), "loser": vae.decode(z_l), "winner": vae.decode(z_w),
+                "before DPO": vae.decode(before), "after": vae.decode(after)}, verdicts(out_dir))
+    common.cleanup()
+
+
+def verdicts(out_dir):
+    """What the latest log lines say, in plain words."""
+    lines = common.read_log(out_dir)[-10:]
+    if not lines:
+        return []
+    last = {k: sum(line[k] for line in lines) / len(lines) for k in lines[0]}
+    words = [f"implicit accuracy {last['accuracy']:.2f}: " + ("it learns the preference" if last["accuracy"] > 0.6 else
+             "it does not yet tell winners from losers; raise lr")]
+    if last["drift"] > 0.25:
+        words.append(f"drift {last['drift']:.2f} of |winner - loser|^2: too far; raise anchor or stop earlier")
+    if last["winner_change"] > 0 and last["loser_change"] > 0:
+        words.append("both winner and loser error rise: the usual likelihood drop of DPO; raise anchor")
+    return words
+
+
+if __name__ == "__main__":
+    main(common.parse_config(Config, PRESETS))

@@ -1,0 +1,117 @@
+"""Stage III against closed forms: the DPO loss, its gradient at t = 1, its anchor."""
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import model as M
+import stage3_dpo as stage3
+
+
+def one(x):
+    return torch.tensor([[[[list(x)]]]], dtype=torch.float32)           # (1, 1, 1, 1, n)
+
+
+def inside_of(x, x_ref, win, lose, eps, t, beta):
+    """The stage's own arithmetic for a student whose clean estimate at t = 1 is x, and a reference's x_ref."""
+    e = [stage3.squared_error(eps - a, eps - b) for b in (win, lose) for a in (x, x_ref)]
+    return stage3.dpo_inside(*e, beta)
+
+
+def test_dpo_starts_at_ln_2():                                                          # T16
+    e = torch.rand(4)
+    loss = stage3.dpo_loss(stage3.dpo_inside(e, e, 2 * e, 2 * e, 500.0))
+    assert loss.item() == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_dpo_at_t_1_is_an_inner_product():                                              # T16b
+    x_ref, win, lose = one([0, 0, 0, 0]), one([1, 0, 0, 0]), one([0, 0, 0, 0])
+    x = one([0.1, 0, 0, 0])
+    inside = inside_of(x, x_ref, win, lose, torch.randn(1, 1, 1, 1, 4), 1.0, 100.0)
+    assert inside.item() == pytest.approx(2.5, abs=1e-4)                # beta <delta, d> / N
+    assert stage3.dpo_loss(inside).item() == pytest.approx(0.07889, abs=1e-4)
+
+
+def test_dpo_sign_turns_with_the_pair():                                                # T16f
+    x, x_ref, win, lose, eps = (torch.randn(1, 4, 1, 2, 2) for _ in range(5))
+    a, b = inside_of(x, x_ref, win, lose, eps, 1.0, 10.0), inside_of(x, x_ref, lose, win, eps, 1.0, 10.0)
+    torch.testing.assert_close(a, -b)
+
+
+def test_mean_of_logs_not_log_of_the_mean():
+    inside = torch.tensor([-5.0, 5.0])
+    assert stage3.dpo_loss(inside).item() == pytest.approx((5.00672 + 0.00672) / 2, abs=1e-4)
+
+
+def gradient(w, eps_w, eps_l, shared, beta):
+    """d loss / d W of the student x = W eps, v = eps - x; winner and loser are its outputs for eps_w and eps_l."""
+    weight = torch.tensor(w, requires_grad=True)
+    z_w, z_l = one([w * eps_w]), one([w * eps_l])
+    e_w, e_l = (one([eps_w]), one([eps_l])) if shared is None else (one([shared]), one([shared]))
+    errors = [stage3.squared_error((1 - weight) * e, e - z) for e, z in ((e_w, z_w), (e_l, z_l))]
+    ref = [x.detach() for x in errors]
+    stage3.dpo_loss(stage3.dpo_inside(errors[0], ref[0], errors[1], ref[1], beta)).backward()
+    return weight.grad.item()
+
+
+def test_own_noise_teaches_nothing_and_shared_noise_does():                             # T16c
+    assert gradient(0.7, 1.3, -0.4, None, 100.0) == pytest.approx(0.0, abs=1e-4)
+    assert gradient(0.7, 1.3, -0.4, 0.9, 100.0) == pytest.approx(-53.55, abs=0.01)
+
+
+def test_flow_beta_is_zero_at_the_student_s_time():                                     # T16d
+    e = torch.rand(4, requires_grad=True)
+    beta = 500 * (1 - torch.ones(4)).square()
+    loss = stage3.dpo_loss(stage3.dpo_inside(e, torch.zeros(4), -e, torch.zeros(4), beta))
+    loss.backward()
+    assert loss.item() == pytest.approx(math.log(2)) and e.grad.abs().max() == 0
+
+
+@pytest.mark.parametrize("anchor, expected", [(500.0, 0.015675), (0.0, None)])
+def test_anchor_gives_the_loss_a_minimum(anchor, expected):                             # T16e
+    """One pixel, winner - loser = 0.1, beta = 500: with the anchor delta settles, without it passes the winner."""
+    delta = torch.zeros(1, 1, 1, 1, 1, requires_grad=True)
+    win, lose, zero = one([0.1]), one([0.0]), one([0.0])
+    optimiser = torch.optim.SGD([delta], lr=2e-4)
+    for _ in range(1000):
+        inside = inside_of(delta, zero, win, lose, zero, 1.0, 500.0)
+        loss = stage3.dpo_loss(inside) + anchor * delta.square().mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    if expected:
+        assert delta.item() == pytest.approx(expected, abs=2e-5)
+    else:
+        assert delta.item() > 0.1
+
+
+def test_beta_makes_an_anchored_move_count_as_two():
+    d = torch.tensor([0.01, 0.02, 0.5])
+    beta = stage3.choose_beta(d, alpha=0.25)
+    assert beta == pytest.approx(2 / (0.25 * 0.02))
+    x_ref, win, lose = one([0.0, 0.0]), one([0.2, 0.0]), one([0.0, 0.0])         # |d|^2 = 0.02
+    x = 0.25 * (win - lose)
+    assert inside_of(x, x_ref, win, lose, x_ref, 1.0, beta).item() == pytest.approx(2.0, abs=1e-4)
+
+
+def test_rank_pair():
+    assert stage3.rank_pair(np.array([0.1, 3.0, -2.0, 1.0])) == (1, 2, 5.0)
+
+
+def test_unknown_and_absent_scorers_are_one_line():
+    for name, words in (("vmaf", "proxy, dover"), ("dover", "dover_scorer"), ("pyiqa:musiq", "pip install pyiqa")):
+        with pytest.raises(SystemExit, match=words):
+            stage3.make_scorer(name)
+
+
+@pytest.mark.parametrize("changes, words", [(dict(dpo_t="two"), "one, uniform"), (dict(beta_mode="x"), "constant"),
+                                            (dict(candidates=1), "at least 2")])
+def test_bad_constants_are_refused(changes, words):
+    with pytest.raises(SystemExit, match=words):
+        stage3.check(stage3.Config(**changes))
+
+
+def test_reference_and_student_agree_at_first():
+    """dropout-free networks: the first loss of a run is exactly ln 2 (checked on the loop in test_stages.py)."""
+    assert not any(isinstance(m, torch.nn.Dropout) for m in M.build("tiny").modules())

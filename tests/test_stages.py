@@ -1,0 +1,371 @@
+"""The loops themselves, on networks and clips small enough for seconds: who moves, who gets whose gradient, resume."""
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import model as M
+import stage0_teacher as stage0
+import stage1_pd as stage1
+import stage2_dual as stage2
+import stage3_dpo as stage3
+from tests.conftest import ROOT
+
+SMALL_MODEL = dict(dim=32, layers=3, heads=2, ffn=64, text_dim=8, prompt_len=2, learned=True)
+SMALL_CLIP = dict(frames=9, size=48, crop=32, window=2, strength="light")
+
+
+def constants(out, media):
+    """The fields that make every stage take a second."""
+    scale = dict(out=str(out), data=str(media), clips=3, batch=2, log_every=1, save_every=2)
+    return {stage0: stage0.Config(**scale, steps=4, warmup=2, vae_steps=3),
+            stage1: stage1.Config(**scale, cfg_steps=2, steps_per_phase=2, pd_grid=(4, 2, 1)),
+            stage2: stage2.Config(**scale, steps=4, aux_warmup=2),
+            stage3: stage3.Config(**scale, steps=4, pairs=3, candidates=2, lr=1e-3)}
+
+
+def shrink():
+    M.MODELS["tiny"], data.CLIPS["tiny"] = SMALL_MODEL, SMALL_CLIP
+
+
+@pytest.fixture(scope="module")
+def media(tmp_path_factory):
+    """A video of textured rectangles that move, 24 frames of 64 x 64."""
+    folder = tmp_path_factory.mktemp("media")
+    rng = np.random.default_rng(0)
+    world = np.kron(rng.integers(0, 256, (30, 30, 3)), np.ones((4, 4, 1))).astype(np.uint8)
+    frames = np.stack([world[i:i + 64, 2 * i:2 * i + 64] for i in range(24)])
+    data.write_video(str(folder / "clip.mkv"), frames, data.Fraction(24))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    monkeypatch.setitem(M.MODELS, "tiny", SMALL_MODEL)
+    monkeypatch.setitem(data.CLIPS, "tiny", SMALL_CLIP)
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory, media):
+    """All stages run once, one after the other; their configs."""
+    kept = M.MODELS["tiny"], data.CLIPS["tiny"]
+    shrink()
+    configs = constants(tmp_path_factory.mktemp("run") / "tiny", media)
+    for stage, cfg in configs.items():
+        stage.main(cfg)
+    M.MODELS["tiny"], data.CLIPS["tiny"] = kept
+    return configs
+
+
+def checkpoint(cfg, stage):
+    return torch.load(f"{cfg.out}/{stage}/last.pt", weights_only=True)
+
+
+def moved(a, b):
+    return any(not torch.equal(a[k], b[k]) for k in a)
+
+
+def fork(chain, stage, tmp_path, upto, **changes):
+    """A config that continues the chain's checkpoints before `stage` in a folder of its own."""
+    cfg = type(chain[stage])(**vars(chain[stage]) | changes)
+    os.makedirs(tmp_path / "tiny", exist_ok=True)
+    for name in upto:
+        if not os.path.exists(tmp_path / "tiny" / name):
+            os.symlink(f"{cfg.out}/{name}", tmp_path / "tiny" / name)
+    if not os.path.exists(tmp_path / "cache"):
+        os.symlink(os.path.join(os.path.dirname(cfg.out), "cache"), tmp_path / "cache")
+    cfg.out = str(tmp_path / "tiny")
+    return cfg
+
+
+def test_every_stage_writes_what_the_next_one_reads(chain):
+    for k, (_stage, cfg) in enumerate(chain.items()):
+        folder = f"{cfg.out}/stage{k}"
+        for name in ("last.pt", "log.jsonl", "run.json", "panel.png", "loss.png"):
+            assert os.path.getsize(f"{folder}/{name}") > 0, (k, name)
+        lines = [json.loads(x) for x in open(f"{folder}/log.jsonl")]
+        assert all(math.isfinite(v) for line in lines for v in line.values())
+        assert json.load(open(f"{folder}/run.json"))["config"]["batch"] == 2
+    s0, s1, s2, s3 = (checkpoint(cfg, f"stage{k}") for k, cfg in enumerate(chain.values()))
+    assert moved(s0["ema"], s1["cfg"]) and moved(s1["cfg"], s1["student"])
+    assert moved(s1["student"], s2["student"]) and moved(s2["student"], s3["student"])
+    assert not moved(s0["vae"], s3["vae"])
+
+
+def test_stage1_phases(chain, tmp_path, monkeypatch):
+    """CFG distillation first, then the grid; the teacher is the last student; Adam starts afresh in each phase."""
+    seen, cfg = [], fork(chain, stage1, tmp_path, ["stage0"])
+    times, target, loads = stage1.pd_times, stage1.pd_target, torch.nn.Module.load_state_dict
+    monkeypatch.setattr(stage1, "pd_times", lambda u, n, s: (seen.append(n), times(u, n, s))[1])
+    monkeypatch.setattr(stage1, "pd_target", target)
+    copies = []
+    monkeypatch.setattr(torch.nn.Module, "load_state_dict",
+                        lambda self, s, *a, **k: (copies.append(1), loads(self, s, *a, **k))[1])
+    stage1.main(cfg)
+    assert seen == [2, 2, 1, 1]
+    state = checkpoint(cfg, "stage1")
+    assert {int(s["step"]) for s in state["optimiser"]["state"].values()} == {2}
+    assert moved(state["teacher"], state["student"]) and moved(state["teacher"], state["cfg"])
+
+
+def spy_networks(monkeypatch):
+    """The student and the fake score of a stage II run, caught when they are loaded, and the frozen real score."""
+    nets, load = {}, M.load_checkpoint
+
+    def loader(path, part, device):
+        out = load(path, part, device)
+        nets[part] = out[0]
+        return out
+    monkeypatch.setattr(M, "load_checkpoint", loader)
+    return nets
+
+
+def test_stage2_counts_and_who_moves(chain, tmp_path):                                  # T20, T21
+    cfg = fork(chain, stage2, tmp_path, ["stage0", "stage1"], steps=5, save_every=1)
+    before = checkpoint(cfg, "stage1")
+    stage2.main(cfg)
+    state = checkpoint(cfg, "stage2")
+    counts = {k: {int(s["step"]) for s in state[f"opt_{k}"]["state"].values()} for k in ("student", "fake", "head")}
+    assert counts == {"student": {5}, "fake": {2 + 3 * 5}, "head": {2 + 3 * 5}}
+    assert moved(before["student"], state["net"]) and moved(before["cfg"], state["fake"])
+    assert moved(state["net"], state["student"])                # the average is not the network
+
+
+def run_spied(chain, tmp_path, monkeypatch, **changes):
+    """One stage II run. At each student update: gradients of the fake score and the head, before and after backward."""
+    cfg = fork(chain, stage2, tmp_path, ["stage0", "stage1"], steps=2, aux_warmup=4, **changes)
+    nets, events = spy_networks(monkeypatch), []
+    heads, init = [], M.RFSHead.__init__
+
+    def remember(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        heads.append(self)
+    monkeypatch.setattr(M.RFSHead, "__init__", remember)
+    before, update = stage2.dmd_gradient, stage2.common.ema_update
+
+    def gradients():
+        return [None if p.grad is None else p.grad.clone() for n in (nets["cfg"], heads[0]) for p in n.parameters()]
+
+    def at_gradient(*args):
+        events.append(gradients())
+        return before(*args)
+
+    def at_update(average, net, decay):                         # the first thing after the student's step
+        events.append(gradients())
+        frozen = not any(p.requires_grad for n in (nets["cfg"], heads[0]) for p in n.parameters())
+        events.append((frozen, sum(p.grad.abs().sum().item() for p in net.parameters())))
+        return update(average, net, decay)
+    monkeypatch.setattr(stage2, "dmd_gradient", at_gradient)
+    monkeypatch.setattr(stage2.common, "ema_update", at_update)
+    real = {}
+    copy = stage2.deepcopy
+    monkeypatch.setattr(stage2, "deepcopy", lambda x: real.setdefault(len(real), copy(x)))
+    weights = None
+    stage2.main(cfg)
+    state = torch.load(f"{chain[stage1].out}/stage1/last.pt", weights_only=True)["cfg"]
+    weights = real[0].state_dict()                              # the first copy is the real score
+    assert not moved(state, weights) and all(p.grad is None for p in real[0].parameters())
+    return events
+
+
+@pytest.mark.parametrize("streams, w_fm", [(("gan",), 0.0), (("gan",), 0.05), (("dmd",), 0.05), (("dmd", "gan"), 0.05)])
+def test_student_update_belongs_to_the_student_alone(chain, tmp_path, monkeypatch, streams, w_fm):     # T9, T9b
+    """Each stream reaches the student (a detached feature path would not), and nobody else's gradient changes."""
+    events = run_spied(chain, tmp_path, monkeypatch, streams=streams, w_fm=w_fm)
+    for before, after, (frozen, pulled) in zip(events[::3], events[1::3], events[2::3], strict=True):
+        assert frozen and pulled > 0
+        for a, b in zip(before, after, strict=True):
+            assert (a is None and b is None) or torch.equal(a, b)
+
+
+def test_auxiliary_losses_stay_apart(chain, tmp_path, monkeypatch):                     # T9
+    """L_D alone must leave the fake score without gradient: its features reach the head detached."""
+    cfg = fork(chain, stage2, tmp_path, ["stage0", "stage1"], steps=1, aux_warmup=2)
+    nets, sums = spy_networks(monkeypatch), []
+    heads, init, hinge = [], M.RFSHead.__init__, stage2.hinge_d
+
+    def remember(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        torch.nn.init.normal_(self.layers[-1].weight)           # a zero last layer would hide everything before it
+        heads.append(self)
+
+    def spied(real, fake):
+        loss = hinge(real, fake)
+        groups = [list(nets["cfg"].parameters()), list(heads[0].parameters()), list(nets["student"].parameters())]
+        grads = [torch.autograd.grad(loss, g, retain_graph=True, allow_unused=True) for g in groups]
+        sums.append([sum(x.abs().sum().item() for x in g if x is not None) for g in grads])
+        return loss
+    monkeypatch.setattr(M.RFSHead, "__init__", remember)
+    monkeypatch.setattr(stage2, "hinge_d", spied)
+    stage2.main(cfg)
+    assert len(sums) == 2 + 3
+    for fake, head, student in sums:
+        assert fake == 0 and student == 0 and head > 0
+
+
+def test_streams_share_one_noised_sample_and_the_pair_its_noise(chain, tmp_path, monkeypatch):         # T13, 3.4
+    """HR and student sample get the same t and eps; the noise differs from the one that made the sample."""
+    cfg = fork(chain, stage2, tmp_path, ["stage0", "stage1"], steps=2)
+    noised, made, add, one = [], [], M.add_noise, M.one_step
+
+    def spied_add(z, eps, t):
+        noised.append((eps, t))
+        return add(z, eps, t)
+
+    def spied_one(net, eps, z_lr):
+        made.append(eps)
+        return one(net, eps, z_lr)
+    monkeypatch.setattr(M, "add_noise", spied_add)
+    monkeypatch.setattr(M, "one_step", spied_one)
+    stage2.main(cfg)
+    updates = cfg.aux_warmup + 4 * cfg.steps
+    assert len(noised) == 2 * updates and len(made) == updates
+    for k, (first, second) in enumerate(zip(noised[::2], noised[1::2], strict=True)):
+        assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
+        assert not torch.equal(first[0], made[k]) and (k == 0 or not torch.equal(first[1], noised[2 * k - 2][1]))
+
+
+@pytest.mark.parametrize("changes", [dict(order="sequential"), dict(features="real"), dict(features="fake"),
+                                     dict(real_score="teacher"), dict(fm_norm="l1", pooled=True),
+                                     dict(gan_same_noise=False, dmd_half=False)])
+def test_stage2_options_run(chain, tmp_path, changes):
+    cfg = fork(chain, stage2, tmp_path, ["stage0", "stage1"], steps=2, **changes)
+    stage2.main(cfg)
+    lines = [json.loads(x) for x in open(f"{cfg.out}/stage2/log.jsonl")]
+    assert len(lines) == 2 and all(math.isfinite(v) for line in lines for v in line.values())
+    if changes.get("order"):
+        assert "dmd" in lines[0] and "gan" not in lines[0] and "gan" in lines[1] and "dmd" not in lines[1]
+
+
+def test_dpo_starts_at_ln_2_and_pairs_are_reused(chain, tmp_path, monkeypatch):         # T16
+    cfg = fork(chain, stage3, tmp_path, ["stage0", "stage1", "stage2"])
+    stage3.main(cfg)
+    assert json.loads(open(f"{cfg.out}/stage3/log.jsonl").readline())["dpo"] == pytest.approx(math.log(2), abs=1e-6)
+    records = json.load(open(f"{cfg.out}/stage3/pairs.json"))["pairs"]
+    assert len(records) == 3 and sum(r["kept"] for r in records) == 2
+    for r in records:
+        assert r["scores"][r["winner"]] == max(r["scores"]) and r["scores"][r["loser"]] == min(r["scores"])
+    monkeypatch.setattr(stage3, "make_pairs", None)             # may not be called again
+    cfg.steps, cfg.resume = 6, True
+    stage3.main(cfg)
+    assert checkpoint(cfg, "stage3")["step"] == 6
+
+
+@pytest.mark.parametrize("changes, zero", [(dict(own_noise=True, anchor=0.0), True), (dict(dpo_t="uniform"), False),
+                                           (dict(beta_mode="flow", anchor=0.0), True), (dict(anchor=0.0), False)])
+def test_dpo_variants(chain, tmp_path, changes, zero):                                  # T16c, T16d
+    """Own noise and beta (1 - t)^2 teach nothing at t = 1: the first gradient is zero (own noise: up to fp16)."""
+    cfg = fork(chain, stage3, tmp_path, ["stage0", "stage1", "stage2"], steps=1, **changes)
+    stage3.main(cfg)
+    norm = json.loads(open(f"{cfg.out}/stage3/log.jsonl").readline())["grad_norm"]
+    reference = json.loads(open(f"{chain[stage3].out}/stage3/log.jsonl").readline())["grad_norm"]
+    assert norm < 0.05 * reference if zero else norm > 0.05 * reference
+
+
+@pytest.mark.parametrize("stage, k, stop", [(stage0, 0, 2), (stage1, 1, 4), (stage2, 2, 2), (stage3, 3, 2)])
+def test_stopped_and_resumed_is_bit_equal(chain, tmp_path, monkeypatch, stage, k, stop):               # T27
+    """Killed after a checkpoint and resumed: every tensor of the last checkpoint equals the unbroken run's."""
+    cfg = fork(chain, stage, tmp_path, [f"stage{i}" for i in range(k)])
+    save = stage.common.save
+
+    def save_then_die(path, cfg, name, step, /, **parts):
+        save(path, cfg, name, step, **parts)
+        if step >= stop:
+            raise KeyboardInterrupt
+    monkeypatch.setattr(stage.common, "save", save_then_die)
+    with pytest.raises(KeyboardInterrupt):
+        stage.main(cfg)
+    monkeypatch.setattr(stage.common, "save", save)
+    with pytest.raises(SystemExit, match="--resume"):
+        stage.main(cfg)                                         # never over an existing run
+    cfg.resume = True
+    stage.main(cfg)
+    whole, resumed = checkpoint(chain[stage], f"stage{k}"), checkpoint(cfg, f"stage{k}")
+    assert whole["step"] == resumed["step"]
+    assert_equal({x: whole[x] for x in whole if x not in ("config",)}, resumed)
+    steps = [json.loads(x)["step"] for x in open(f"{cfg.out}/stage{k}/log.jsonl")]
+    assert steps == sorted(set(steps))                          # no line twice
+
+
+def assert_equal(a, b, where=""):
+    if isinstance(a, dict):
+        for key in a:
+            assert_equal(a[key], b[key], f"{where}/{key}")
+    elif isinstance(a, list):
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_equal(x, y, f"{where}/{i}")
+    elif torch.is_tensor(a):
+        assert torch.equal(a, b), where
+    else:
+        assert a == b, where
+
+
+# ----------------------------------------------------------------------------
+# real processes
+
+CHILD = """
+import sys; sys.path.insert(0, {root!r})
+import torch; torch.set_num_threads(1)
+from tests.test_stages import *
+shrink()
+configs = constants({out!r}, {media!r})
+for stage, cfg in configs.items():
+    cfg.batch, cfg.resume = {batch}, {resume}
+    stage.main(cfg)
+"""
+
+
+def start(tmp_path, media, name, batch=2, resume=False, processes=1):
+    code = CHILD.format(root=ROOT, out=str(tmp_path / name / "tiny"), media=str(media), batch=batch, resume=resume)
+    (tmp_path / f"{name}.py").write_text(code)
+    head = [sys.executable]
+    if processes > 1:
+        head += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return subprocess.Popen([*head, str(tmp_path / f"{name}.py")], stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_with_the_doubled_batch(tmp_path, media):
+    two = start(tmp_path, media, "two", batch=1, processes=2)
+    err = two.communicate()[1]
+    assert two.returncode == 0, err[-3000:]
+    shrink()
+    for stage, cfg in constants(tmp_path / "one" / "tiny", media).items():
+        stage.main(cfg)
+    for k in range(4):
+        folders = [tmp_path / name / "tiny" / f"stage{k}" for name in ("one", "two")]
+        logs = [[json.loads(x) for x in open(folder / "log.jsonl")] for folder in folders]
+        assert len(logs[0]) == len(logs[1]) > 0
+        for a, b in zip(*logs, strict=True):
+            for key in {"loss", "diff", "d", "dmd", "gan", "fm", "dpo"} & set(a):
+                assert b[key] == pytest.approx(a[key], rel=2e-3, abs=2e-5), (k, a["step"], key)
+        parts = [torch.load(folder / "last.pt", weights_only=True) for folder in folders]
+        for name in ("net", "student", "fake", "head"):
+            for key in parts[0].get(name, ()):
+                torch.testing.assert_close(parts[0][name][key], parts[1][name][key], atol=2e-3, rtol=0)
+
+
+@pytest.mark.slow
+def test_killed_at_a_random_moment_and_resumed_is_bit_equal(chain, tmp_path, media):
+    """SIGKILL, three times, wherever the run happens to be; --resume each time; the end is the unbroken run's."""
+    rng = np.random.default_rng()
+    for _ in range(3):
+        child = start(tmp_path, media, "killed", resume=True)
+        time.sleep(rng.uniform(4, 9))
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+    child = start(tmp_path, media, "killed", resume=True)
+    err = child.communicate()[1]
+    assert child.returncode == 0, err[-3000:]
+    for k, cfg in enumerate(chain.values()):
+        whole = checkpoint(cfg, f"stage{k}")
+        killed = torch.load(tmp_path / "killed" / "tiny" / f"stage{k}" / "last.pt", weights_only=True)
+        assert_equal({x: whole[x] for x in whole if x not in ("config", "stamp")}, killed, f"stage{k}")
