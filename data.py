@@ -1,0 +1,767 @@
+"""
+Video in and out, the degradation that makes low-resolution (LR) clips, and the training clips themselves.
+
+What is here, top to bottom:
+  video files      read_video, read_frames, write_video: FFmpeg through pipes, nothing else
+  degradation      degrade(): RealBasicVSR (arXiv 2111.12704), config of ckkelvinchan/RealBasicVSR at b908e083;
+                   its blur kernels are those of Real-ESRGAN (arXiv 2107.10833), appendix and code
+  clips            Clips: windows of shots, and camera moves over photographs, each with its LR
+  the bank         Bank: clips degraded once and kept on disk, from which training batches are cut
+  python data.py prepare --film bbb.mp4 --stills DIR --out DIR   cuts the listed shots and photographs
+
+Everything random follows from (seed, epoch, index), never from a worker, a rank, or the order of calls.
+Shapes: F frames, H x W pixels of HR, h = H/4 and w = W/4 of LR. On disk and in the degradation frames come
+last in colour, (F, H, W, 3) uint8; networks see (B, 3, F, H, W) float32 in [-1, 1].
+
+Differs from RealBasicVSR: (1) the bitrate of the codec is scaled with the number of pixels, so that big frames
+suffer as much as small ones; (2) the HR is not sharpened unless usm=True, since "real" must be real video;
+(3) "h264" and "libx264" of its list are one encoder here.
+"""
+import argparse
+import hashlib
+import io
+import json
+import math
+import os
+import re
+import subprocess
+import tempfile
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from functools import lru_cache
+from pathlib import Path
+
+import imageio_ffmpeg
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+VIDEOS = {".mp4", ".mkv", ".mov", ".avi", ".webm", ".m4v"}
+IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+SCALE = 4           # HR is 4 times as wide as LR, as in the paper
+BANK_FORMAT = 1     # raise it when the same settings make other clips: old banks are then not used any more
+
+# ---------------------------------------------------------------------------------------------- video files
+
+
+def ffmpeg(args, stdin=b""):
+    """Standard output of FFmpeg run with `args`; ValueError with the last line of its complaint if it fails."""
+    cmd = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", *map(str, args)]
+    done = subprocess.run(cmd, input=stdin, capture_output=True)
+    if done.returncode:
+        lines = done.stderr.decode(errors="replace").strip().splitlines() or ["no reason given"]
+        raise ValueError(lines[-1])
+    return done.stdout
+
+
+def video_info(path):
+    """dict(width, height, fps, frames) of the first video stream, turned upright; fps is an exact Fraction."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    stat = path.stat()
+    return dict(_probe(path, stat.st_size, stat.st_mtime_ns))
+
+
+@lru_cache(4096)
+def _probe(path, size, mtime):
+    """video_info, asked once per state of the file: it walks through all packets to count them."""
+    one = ["-map", "0:v:0", "-frames:v", "1", "-pix_fmt", "yuv420p", "-f", "yuv4mpegpipe", "-"]
+    try:
+        # the header of a YUV4MPEG stream states size (after rotation) and frame rate (as a ratio)
+        head = ffmpeg(["-i", path, *one])[:200].split(b"\n")[0].decode()
+        packets = ffmpeg(["-i", path, "-map", "0:v:0", "-c", "copy", "-f", "framecrc", "-"])
+        w, h, num, den = re.search(r" W(\d+) H(\d+) F(\d+):(\d+)", head).groups()
+    except (ValueError, AttributeError) as e:
+        raise ValueError(f"{path}: not readable as a video ({e})") from None
+    frames = sum(line[:1].isdigit() for line in packets.splitlines())
+    return dict(width=int(w), height=int(h), fps=Fraction(int(num), int(den)), frames=frames)
+
+
+def read_video(path, start=0, frames=-1, size=None):
+    """Frames start..start+frames-1 (-1: to the end), uint8 (F, H, W, 3) RGB; size (W, H): shrunk by area.
+
+    The seek is exact for constant frame rate: FFmpeg decodes from the key frame before and drops what is early.
+    """
+    info = video_info(path)
+    w, h = size or (info["width"], info["height"])
+    # half a frame early, so that rounded time stamps never lose the first frame
+    seek = ["-ss", f"{float((start - Fraction(1, 2)) / info['fps']):.6f}"] if start else []
+    count = ["-frames:v", frames] if frames >= 0 else []
+    # matrix and range are those of the file's tags; the flags avoid a rounding bias and nearest-neighbour chroma
+    flags = "+accurate_rnd+full_chroma_int+full_chroma_inp"
+    scale = f"scale={w}:{h}:flags={'area' if size else 'bicubic'}{flags}"
+    try:
+        raw = ffmpeg([*seek, "-i", path, "-map", "0:v:0", "-vf", scale, "-fps_mode", "passthrough", *count,
+                      "-pix_fmt", "rgb24", "-f", "rawvideo", "-"])
+    except ValueError as e:
+        raise ValueError(f"{path}: not readable as a video ({e})") from None
+    if not raw:
+        raise ValueError(f"{path}: no frame at {start}, it has {info['frames']}")
+    return np.frombuffer(raw, np.uint8).reshape(-1, h, w, 3)
+
+
+def read_image(path):
+    """A picture as uint8 (H, W, 3) RGB, turned upright."""
+    try:
+        with Image.open(path) as im:
+            return np.array(ImageOps.exif_transpose(im).convert("RGB"))
+    except Exception as e:                               # PIL raises many types for a broken file
+        raise ValueError(f"{path}: not readable as a picture ({e})") from None
+
+
+def read_frames(path):
+    """(frames uint8 (F, H, W, 3), fps Fraction) of a video, a picture (F = 1), or a folder of pictures, sorted."""
+    path = Path(path)
+    if path.is_dir():
+        files = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGES and p.name[0] != ".")
+        if not files:
+            raise ValueError(f"{path}: no pictures in this folder")
+        pictures = [read_image(p) for p in files]
+        for p, x in zip(files, pictures, strict=True):
+            if x.shape != pictures[0].shape:
+                raise ValueError(f"{p}: {x.shape[1]}x{x.shape[0]} differs from the first picture of its folder")
+        return np.stack(pictures), Fraction(24)
+    if path.suffix.lower() in IMAGES:
+        return read_image(path)[None], Fraction(24)
+    return read_video(path), video_info(path)["fps"]
+
+
+def write_video(path, frames, fps, crf=10):
+    """Write uint8 (F, H, W, 3), or any iterable of frames; .mkv: lossless FFV1 in RGB, else H.264 tagged bt709.
+
+    It gets its name only when it is whole. Untagged video would be read as bt709 by most players and as bt601
+    by others, which moves colours by up to 40 levels.
+    """
+    path = Path(path)
+    frames = iter(frames)
+    first = np.asarray(next(frames, np.zeros(0)))
+    if first.ndim != 3 or first.shape[2] != 3 or first.dtype != np.uint8:
+        raise ValueError(f"{path}: frames are uint8 (H, W, 3), not {first.dtype} {first.shape}")
+    h, w, _ = first.shape
+    fps = Fraction(fps).limit_denominator(100000)
+    if path.suffix.lower() == ".mkv":
+        codec = ["-c:v", "ffv1", "-pix_fmt", "gbrp"]
+    else:
+        bt709 = ("scale=out_color_matrix=bt709:out_range=tv:flags=bicubic+accurate_rnd+full_chroma_int,"
+                 "setparams=range=tv:colorspace=bt709:color_primaries=bt709:color_trc=bt709")
+        pixels = "yuv444p" if h % 2 or w % 2 else "yuv420p"           # 4:2:0 halves both sides
+        codec = ["-vf", bt709, "-c:v", "libx264", "-crf", crf, "-pix_fmt", pixels, "-movflags", "+faststart"]
+    tmp = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}{path.suffix}")
+    cmd = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y", "-f", "rawvideo", "-pix_fmt", "rgb24",
+           "-s", f"{w}x{h}", "-framerate", fps, "-i", "-", *codec, tmp]
+    try:
+        with tempfile.TemporaryFile() as log:             # a file, not a pipe: nobody reads it while we write
+            encoder = subprocess.Popen(list(map(str, cmd)), stdin=subprocess.PIPE, stderr=log)
+            try:
+                for x in _chain(first, frames):
+                    if x.shape != first.shape or x.dtype != np.uint8:
+                        raise ValueError(f"{path}: a frame is {x.dtype} {x.shape}, the first is {first.shape}")
+                    encoder.stdin.write(np.ascontiguousarray(x).data)
+                encoder.stdin.close()
+            except BrokenPipeError:
+                pass                                      # FFmpeg gave up: its own words follow
+            except BaseException:
+                encoder.kill()
+                raise
+            finally:
+                code = encoder.wait()
+            if code:
+                log.seek(0)
+                reason = log.read().decode(errors="replace").strip().splitlines() or ["no reason given"]
+                raise ValueError(f"{path}: not written ({reason[-1]})")
+        os.replace(tmp, path)
+    finally:
+        tmp.unlink(missing_ok=True)
+
+
+def _chain(first, rest):
+    yield first
+    for x in rest:
+        yield np.asarray(x)
+
+
+# ---------------------------------------------------------------------------------------------- tensors
+
+
+def to_tensor(frames):
+    """uint8 (F, H, W, 3) -> float32 (3, F, H, W) in [-1, 1]."""
+    return torch.from_numpy(np.array(frames)).permute(3, 0, 1, 2).float().div(127.5).sub(1)
+
+
+def to_uint8(video):
+    """float (3, F, H, W), or (1, 3, F, H, W), in [-1, 1] -> uint8 (F, H, W, 3), clamped and rounded (not cut off)."""
+    if video.dim() == 5:
+        video = video.squeeze(0)
+    video = ((video.detach().float() + 1) * 127.5).clamp(0, 255).round().byte()
+    return video.permute(1, 2, 3, 0).cpu().numpy()
+
+
+def upsample(lr, size):
+    """LR (B, 3, F, h, w) -> (B, 3, F, H, W) with size = (H, W), bicubic; the same in training and inference."""
+    b = lr.shape[0]
+    x = F.interpolate(rearrange(lr, "B C F h w -> (B F) C h w"), size=tuple(size), mode="bicubic", align_corners=False)
+    return rearrange(x, "(B F) C H W -> B C F H W", B=b).clamp(-1, 1)
+
+
+# ---------------------------------------------------------------------------------------------- degradation
+
+
+@dataclass(frozen=True)
+class Strength:
+    """Ranges of the degradation; the defaults are RealBasicVSR's. Pairs ((..), (..)): first and second round."""
+    blur_prob: tuple = (1.0, 0.8)
+    kernel: tuple = (7, 21)                                     # odd sizes, both ends included
+    sigma: tuple = ((0.2, 3.0), (0.2, 1.5))                     # px
+    resize_prob: tuple = ((0.2, 0.7, 0.1), (0.3, 0.4, 0.3))     # up, down, keep
+    resize_scale: tuple = ((0.15, 1.5), (0.3, 1.2))
+    resize_step: tuple = (0.015, 0.03)                          # per frame, like all steps
+    noise_prob: tuple = (1.0, 1.0)
+    gaussian: tuple = ((1.0, 30.0), (1.0, 25.0))                # sigma, in levels of 255; step 0.1
+    poisson: tuple = ((0.05, 3.0), (0.05, 2.5))                 # scale; step 0.005
+    gray_prob: float = 0.4                                      # the same noise in all three colours
+    jpeg_prob: tuple = (1.0, 1.0)
+    jpeg: tuple = (30, 95)                                      # quality; step 3
+    video_prob: tuple = (1.0, 1.0)
+    bitrate: tuple = (1e4, 1e5)                                 # bits per frame of 256 x 256
+    sinc_prob: float = 0.8                                      # after the final resize
+    usm: bool = False                                           # sharpen the HR first
+
+
+REALBASICVSR = Strength()
+# the same operations in the same order, milder: for small networks that shall see something left to restore [ours]
+LIGHT = Strength(kernel=(7, 11), sigma=((0.2, 1.2), (0.2, 0.8)),
+                 resize_scale=((0.6, 1.2), (0.7, 1.2)), noise_prob=(0.5, 0.5),
+                 gaussian=((0.0, 6.0), (0.0, 4.0)), poisson=((0.01, 0.3), (0.01, 0.3)),
+                 jpeg_prob=(0.5, 0.5), jpeg=(70, 95), video_prob=(0.5, 0.5), bitrate=(6e4, 6e5))
+STRENGTHS = {"light": LIGHT, "realbasicvsr": REALBASICVSR}
+
+KERNELS = {"iso": 0.405, "aniso": 0.225, "generalized_iso": 0.108, "generalized_aniso": 0.027,
+           "plateau_iso": 0.108, "plateau_aniso": 0.027, "sinc": 0.1}
+
+
+def walk(rng, bounds, step, n, first=None):
+    """A parameter over n frames: drawn once, then a step of at most +-step per frame, kept in bounds; (n,)."""
+    low, high = bounds
+    values = [rng.uniform(low, high) if first is None else first]
+    for move in rng.uniform(-step, step, n - 1):
+        values.append(min(max(values[-1] + move, low), high))
+    return np.array(values)
+
+
+def gaussian_kernels(size, sigma_x, sigma_y, angle, beta, plateau=False):
+    """(generalised) Gaussian exp(-q^beta / 2) or plateau 1 / (1 + q^beta), q = x^T Sigma^-1 x; (n, size, size)."""
+    r = np.arange(size) - size // 2
+    x, y = np.meshgrid(r, r)
+    c, s, col = np.cos(angle), np.sin(angle), (slice(None), None, None)
+    u, v = c[col] * x + s[col] * y, -s[col] * x + c[col] * y
+    q = ((u / sigma_x[col]) ** 2 + (v / sigma_y[col]) ** 2) ** beta[col]
+    kernel = 1 / (1 + q) if plateau else np.exp(-0.5 * q)
+    return kernel / kernel.sum((1, 2), keepdims=True)
+
+
+def sinc_kernels(size, omega):
+    """The ideal circular low-pass with cutoff omega (pi: none): omega J1(omega r) / (2 pi r); (n, size, size)."""
+    r = np.arange(size) - size // 2
+    r = np.hypot(*np.meshgrid(r, r))[None]
+    omega = omega[:, None, None]
+    bessel = torch.special.bessel_j1(torch.from_numpy(omega * r)).numpy()
+    kernel = omega * bessel / (2 * np.pi * np.maximum(r, 1e-9))
+    kernel = np.where(r == 0, omega ** 2 / (4 * np.pi), kernel)         # the limit at r = 0
+    return kernel / kernel.sum((1, 2), keepdims=True)
+
+
+def random_kernels(rng, n, sizes, sigma, kinds=KERNELS):
+    """One kind and one size for the whole clip, parameters that drift over its n frames; (n, k, k)."""
+    kind = rng.choice(list(kinds), p=np.array(list(kinds.values())) / sum(kinds.values()))
+    size = int(rng.choice(np.arange(sizes[0], sizes[1] + 1, 2)))
+    if kind == "sinc":
+        return sinc_kernels(size, walk(rng, (np.pi / (3 if size < 13 else 5), np.pi), 0.0628, n))
+    sigma_x = walk(rng, sigma, 0.02, n)
+    sigma_y = walk(rng, sigma, 0.02, n) if "aniso" in kind else sigma_x
+    angle = walk(rng, (-np.pi, np.pi), 0.31416, n)
+    beta = np.ones(n)
+    if "generalized" in kind or "plateau" in kind:
+        bounds, step = ((1.0, 2.0), 0.1) if "plateau" in kind else ((0.5, 4.0), 0.05)
+        # as often below 1 (heavy tails) as above, which uniform in the range would not be
+        part = (bounds[0], 1.0) if rng.random() < 0.5 else (1.0, bounds[1])
+        beta = walk(rng, bounds, step, n, first=rng.uniform(*part))
+    return gaussian_kernels(size, sigma_x, sigma_y, angle, beta, plateau="plateau" in kind)
+
+
+def blur(x, kernels):
+    """Filter frame i of x (n, 3, H, W) with kernels[i]; borders are mirrored."""
+    n, c, h, w = x.shape
+    k = torch.from_numpy(np.ascontiguousarray(kernels, np.float32))
+    pad = k.shape[-1] // 2
+    x = F.pad(x, [pad] * 4, mode="reflect" if pad < min(h, w) else "replicate")
+    out = F.conv2d(rearrange(x, "n c h w -> c n h w"), k[:, None], groups=n)     # one group per frame
+    return rearrange(out, "c n h w -> n c h w")
+
+
+@lru_cache(256)
+def area_matrix(n_in, n_out):
+    """(n_out, n_in) weights: output i is the mean of the input over [i, i + 1) * n_in / n_out."""
+    edges = torch.arange(n_out + 1, dtype=torch.float64) * n_in / n_out
+    pixel = torch.arange(n_in, dtype=torch.float64)
+    cover = torch.minimum(edges[1:, None], pixel + 1) - torch.maximum(edges[:-1, None], pixel)
+    return (cover.clamp(min=0) * n_out / n_in).float()
+
+
+def resize(x, size, mode):
+    """(n, 3, H, W) -> (n, 3, *size); bilinear, bicubic (no antialias) and area as OpenCV defines them."""
+    if tuple(x.shape[-2:]) == tuple(size):
+        return x
+    if mode == "area" and size[0] <= x.shape[-2] and size[1] <= x.shape[-1]:
+        return area_matrix(x.shape[-2], size[0]) @ x @ area_matrix(x.shape[-1], size[1]).T
+    mode = "bilinear" if mode == "area" else mode                # so does OpenCV when it enlarges
+    return F.interpolate(x, size=tuple(size), mode=mode, align_corners=False)
+
+
+def random_resize(rng, x, prob, bounds, step):
+    """Each frame to a size that drifts, then all to the size of the first; sizes are even, for 4:2:0 video."""
+    mode = rng.choice(["bilinear", "area", "bicubic"])
+    way = rng.choice(["up", "down", "keep"], p=prob)
+    first = {"up": rng.uniform(1, bounds[1]), "down": rng.uniform(bounds[0], 1), "keep": 1.0}[way]
+    h, w = x.shape[-2:]
+    sizes = [tuple(max(2, 2 * int(side * s / 2)) for side in (h, w)) for s in walk(rng, bounds, step, len(x), first)]
+    return torch.cat([resize(resize(f[None], s, mode), sizes[0], mode) for f, s in zip(x, sizes, strict=True)])
+
+
+def gaussian_noise(rng, x, sigma, gray):
+    """Add noise of sigma[i] (of 1) to frame i."""
+    n, c, h, w = x.shape
+    noise = rng.standard_normal((n, 1 if gray else c, h, w), dtype=np.float32)
+    return x + torch.from_numpy(noise) * torch.from_numpy(sigma).float()[:, None, None, None]
+
+
+def poisson_noise(rng, x, scale, gray):
+    """Add scale[i] times shot noise to frame i, which must be in [0, 1]: on 0-255 it would be 16 times weaker."""
+    noisy = []
+    for frame, s in zip(x, scale, strict=True):
+        clean = frame
+        if gray:
+            clean = (frame * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(0, keepdim=True)
+        clean = (clean * 255).round().clamp(0, 255).byte().numpy()
+        levels = 2.0 ** math.ceil(math.log2(np.count_nonzero(np.bincount(clean.ravel(), minlength=256))))
+        clean = clean / np.float32(255)
+        shot = rng.poisson(clean * levels) / levels - clean
+        noisy.append(frame + torch.from_numpy((s * shot).astype(np.float32)))
+    return torch.stack(noisy)
+
+
+def random_noise(rng, x, gaussian, poisson, gray_prob):
+    """Gaussian or Poisson noise, evenly; fresh in each frame, of a strength that drifts."""
+    kind, gray = rng.choice(["gaussian", "poisson"]), rng.random() < gray_prob
+    if kind == "gaussian":
+        return gaussian_noise(rng, x, walk(rng, gaussian, 0.1, len(x)) / 255, gray)
+    return poisson_noise(rng, x, walk(rng, poisson, 0.005, len(x)), gray)
+
+
+def to_bytes(x):
+    """(n, 3, H, W) in [0, 1] -> uint8 (n, H, W, 3)."""
+    return (x * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).contiguous().numpy()
+
+
+def from_bytes(frames):
+    """uint8 (n, H, W, 3) -> (n, 3, H, W) in [0, 1]."""
+    return torch.from_numpy(np.array(frames)).permute(0, 3, 1, 2).float().div(255).contiguous()
+
+
+def jpeg(x, quality):
+    """Frame i through JPEG of quality[i]."""
+    out = []
+    for frame, q in zip(to_bytes(x), quality, strict=True):
+        file = io.BytesIO()
+        Image.fromarray(frame).save(file, "JPEG", quality=int(round(q)))     # RGB in, 4:2:0 chroma as in OpenCV
+        out.append(np.array(Image.open(file)))
+    return from_bytes(np.stack(out))
+
+
+def video_codec(x, codec, bitrate):
+    """The clip through a video encoder and back; bitrate is in bits per frame.
+
+    The stream runs at 1 frame per second, as RealBasicVSR opens it, so bits per second are bits per frame. FFmpeg
+    drains the encoder when its input ends: as many frames come out as went in, none of them late. libx264 counts in
+    thousands of bits, hence the lower bound.
+    """
+    n, _, h, w = x.shape
+    frames = to_bytes(F.pad(x, [0, w % 2, 0, h % 2], mode="replicate"))      # 4:2:0 needs even sides
+    raw, one = ["-f", "rawvideo", "-pix_fmt", "rgb24"], ["-threads", "1"]
+    source = [*raw, "-s", f"{frames.shape[2]}x{frames.shape[1]}", "-framerate", "1", "-i", "-"]
+    encoder = ["-c:v", codec, "-b:v", max(int(bitrate), 1000), "-pix_fmt", "yuv420p", "-f", "nut", "-"]
+    stream = ffmpeg([*source, *one, *encoder], frames.tobytes())
+    out = ffmpeg([*one, "-f", "nut", "-i", "-", "-fps_mode", "passthrough", *raw, "-"], stream)
+    return from_bytes(np.frombuffer(out, np.uint8).reshape(frames.shape)[:, :h, :w])
+
+
+def random_video_codec(rng, x, bitrate):
+    """RealBasicVSR picks among libx264, h264 and mpeg4; the first two are one encoder."""
+    codec = rng.choice(["libx264", "libx264", "mpeg4"])
+    # differs: RealBasicVSR's bitrates suit its frames of about 256 x 256; scaled to the size at hand
+    return video_codec(x, codec, rng.uniform(*bitrate) * x.shape[-2] * x.shape[-1] / 256 ** 2)
+
+
+def sharpen(x):
+    """Unsharp masking of Real-ESRGAN: kernel 51, sigma 8, weight 0.5, only where it changes over 10 levels."""
+    eight = np.full(len(x), 8.0)
+    kernels = gaussian_kernels(51, eight, eight, 0 * eight, np.ones(len(x)))
+    residue = x - blur(x, kernels)
+    mask = blur((residue.abs() * 255 > 10).float(), kernels)
+    return x + mask * ((x + 0.5 * residue).clamp(0, 1) - x)
+
+
+def degrade(hr, rng, strength):
+    """HR float32 (F, H, W, 3) in [0, 1] -> LR uint8 (F, H/4, W/4, 3), by the list of RealBasicVSR, top to bottom.
+
+    rng: numpy Generator. strength: a Strength or its name. Parameters are drawn once per clip and drift per frame;
+    discrete choices (kernel and its size, interpolation, kind of noise, codec) hold for the clip.
+    """
+    s = STRENGTHS.get(strength, strength)
+    n, h, w, _ = hr.shape
+    if h % SCALE or w % SCALE:
+        raise ValueError(f"HR of {w}x{h} does not divide by {SCALE}: crop it first")
+    x = torch.from_numpy(np.array(hr, np.float32)).permute(0, 3, 1, 2).contiguous()
+    if s.usm:
+        x = sharpen(x)
+    for i in (0, 1):
+        if rng.random() < s.blur_prob[i]:
+            x = blur(x, random_kernels(rng, n, s.kernel, s.sigma[i]))
+        x = random_resize(rng, x, s.resize_prob[i], s.resize_scale[i], s.resize_step[i])
+        if rng.random() < s.noise_prob[i]:
+            x = random_noise(rng, x, s.gaussian[i], s.poisson[i], s.gray_prob)
+        if rng.random() < s.jpeg_prob[i]:
+            x = jpeg(x, walk(rng, s.jpeg, 3, n))
+        if i == 0 and rng.random() < s.video_prob[0]:
+            x = random_video_codec(rng, x, s.bitrate)
+    for step in rng.permutation(["codec", "resize"]):
+        if step == "codec" and rng.random() < s.video_prob[1]:
+            x = random_video_codec(rng, x, s.bitrate)
+        if step == "resize":
+            x = resize(x, (h // SCALE, w // SCALE), rng.choice(["bilinear", "area", "bicubic"]))
+            if rng.random() < s.sinc_prob:
+                k = rng.choice(np.arange(s.kernel[0], s.kernel[1] + 1, 2))
+                x = blur(x, sinc_kernels(int(k), walk(rng, (np.pi / 3, np.pi), 0.0628, n)))
+    return to_bytes(x)
+
+
+# ---------------------------------------------------------------------------------------------- training clips
+
+
+def find_shots(path, info):
+    """[(start, end)] between hard cuts: frames whose change stands far out from that of the frames around."""
+    small = (64, max(2, 2 * round(32 * info["height"] / info["width"])))
+    gray = read_video(path, size=small).mean(-1)
+    change = np.abs(np.diff(gray, axis=0)).mean((1, 2))
+    around = np.pad(change, 4, mode="reflect" if len(change) > 4 else "edge")
+    usual = np.median(np.lib.stride_tricks.sliding_window_view(around, 9), axis=1)
+    cuts = [int(i) + 1 for i in np.flatnonzero(change > 8 + 2 * usual)]
+    return list(zip([0, *cuts], [*cuts, len(gray)], strict=True))
+
+
+def texture(picture):
+    """Mean absolute gradient of uint8 (h, w, 3): how much there is to restore."""
+    g = picture.mean(-1)
+    return np.abs(np.diff(g, axis=0)).mean() + np.abs(np.diff(g, axis=1)).mean()
+
+
+def pick(rng, places, score):
+    """One of the places: mostly (p = 0.7) the one of best score, else the first, so that flat regions occur too."""
+    return max(places, key=score) if rng.random() < 0.7 else places[0]
+
+
+def sample(photo, xy):
+    """Bicubic samples of uint8 (H, W, 3) at xy (F, S, S, 2), pixel i reaching from i to i + 1; (F, 3, S, S), 0..255."""
+    n = xy.shape[0]
+    low = np.maximum(np.floor(xy.amin((0, 1, 2)).numpy()).astype(int) - 2, 0)
+    low = np.minimum(low, np.array(photo.shape[1::-1]) - 4)
+    high = np.ceil(xy.amax((0, 1, 2)).numpy()).astype(int) + 3
+    part = torch.from_numpy(np.array(photo[low[1]:max(high[1], low[1] + 4), low[0]:max(high[0], low[0] + 4)]))
+    part = part.permute(2, 0, 1).float()[None]
+    side = torch.tensor(part.shape[:1:-1])
+    grid = (xy - torch.from_numpy(low)) * 2 / side - 1
+    grid = rearrange(grid, "F y x c -> 1 (F y) x c")                   # all frames share the photograph
+    out = F.grid_sample(part, grid, mode="bicubic", padding_mode="reflection", align_corners=False)
+    return rearrange(out, "1 c (F y) x -> F c y x", F=n)
+
+
+def random_motion(rng, frames, speed):
+    """A smooth move: shift (F, 2) px, log zoom (F,), angle (F,), all about 0 in the middle of the clip."""
+    t = np.arange(frames) - (frames - 1) / 2
+    way = rng.uniform(0, 2 * np.pi)
+    shift = t[:, None] * rng.uniform(0, speed) * np.array([np.cos(way), np.sin(way)])
+    shift = shift + (t ** 2 / frames)[:, None] * rng.uniform(-0.5, 0.5, 2)            # it speeds up or slows down
+    shift = shift + rng.normal(0, 0.3, (frames, 2)) * (rng.random() < 0.3)            # a hand that is not steady
+    return shift, t * rng.normal(0, 0.004), rng.normal(0, 0.05) + t * rng.normal(0, 0.006)
+
+
+def turn(xy, angle, zoom):
+    """Rotate and scale positions (F, S, S, 2), frame by frame."""
+    c, s = (torch.from_numpy(f(angle) * zoom).float()[:, None, None] for f in (np.cos, np.sin))
+    return torch.stack([c * xy[..., 0] - s * xy[..., 1], s * xy[..., 0] + c * xy[..., 1]], -1)
+
+
+def photo_clip(photos, rng, frames, size):
+    """uint8 (F, size, size, 3): a camera move over photos[0], before it one or two pieces that move otherwise.
+
+    Without the pieces everything would move together, nothing would ever be hidden or come into view, and the
+    network would learn that. Drawn at twice the size and averaged 2 x 2.
+    """
+    r = (torch.arange(2 * size) + 0.5) / 2 - size / 2                                       # px from the centre
+    plane = torch.stack(torch.meshgrid(r, r, indexing="xy"), -1).expand(frames, -1, -1, -1)
+    ground = photos[0]
+    shift, zoom, angle = random_motion(rng, frames, speed=3.0)
+    zoom = np.exp(zoom + rng.uniform(0, 0.25))                       # never enlarged: photographs are soft enough
+    room = [max(side / 2 - 0.6 * size * zoom.max(), 1) for side in ground.shape[1::-1]]
+    places = [np.array(ground.shape[1::-1]) / 2 + rng.uniform(-1, 1, 2) * room for _ in range(3)]
+    half = size // 2
+
+    def score(c):
+        x, y = (int(max(v, half)) - half for v in c)
+        return texture(ground[y:y + size, x:x + size])
+    centre = torch.from_numpy(pick(rng, places, score) + shift).float()[:, None, None]
+    clip = sample(ground, turn(plane, angle, zoom) + centre)
+    for _ in range(rng.integers(1, 3)):
+        piece = photos[rng.integers(len(photos))]
+        shift, zoom, angle = random_motion(rng, frames, speed=5.0)
+        zoom = np.exp(zoom)
+        where = rng.uniform(-0.45, 0.45, 2) * size + shift
+        centre = torch.tensor([rng.uniform(0.3, 0.7) * side for side in piece.shape[1::-1]])
+        radius = rng.uniform(0.1, 0.28) * size
+        waves = [(k, rng.uniform(-0.25, 0.25) / k, rng.uniform(0, 6.3)) for k in (1, 2, 3, 5)]
+        soft = rng.uniform(0.2, 0.8)
+        # only the part of the plane that it can reach is drawn
+        reach = 1.6 * radius / zoom.min() + 8 * soft
+        low = np.floor(2 * (where.min(0) - reach) + size).astype(int).clip(0, 2 * size - 1)
+        high = np.ceil(2 * (where.max(0) + reach) + size).astype(int).clip(low + 1, 2 * size)
+        box = (..., slice(low[1], high[1]), slice(low[0], high[0]))
+        # these coordinates move with the piece, and so do its edge and its texture
+        local = turn(plane[:, box[1], box[2]] - torch.from_numpy(where).float()[:, None, None], angle, zoom)
+        theta = torch.atan2(local[..., 1], local[..., 0])
+        edge = radius * (1 + sum(a * torch.cos(k * theta + phase) for k, a, phase in waves))
+        alpha = torch.sigmoid((edge - local.norm(dim=-1)) / soft)[:, None]
+        clip[box] += alpha * (sample(piece, local + centre) - clip[box])
+    clip = F.avg_pool2d(clip, 2).round().clamp(0, 255).byte()
+    return clip.permute(0, 2, 3, 1).contiguous().numpy()
+
+
+class Clips:
+    """The training set of a folder; item `index` of `epoch` is a function of (seed, epoch, index) alone.
+
+    With videos and photographs 60 % of the clips come from videos (any window of any shot alike), 40 % are camera
+    moves over photographs. What cannot be used is skipped, with its name and the reason, and counted.
+    """
+
+    def __init__(self, folder, frames, size, strength, seed=0):
+        if size % (2 * SCALE):
+            raise ValueError(f"clips of {size} px: take a multiple of {2 * SCALE}, so that LR sides are even")
+        self.folder, self.frames, self.size, self.seed = Path(folder), frames, size, seed
+        self.strength = STRENGTHS.get(strength, strength)
+        self.shots, self.photos, self.skipped = [], [], []       # shots: (path, start, end)
+        self.load = lru_cache(32)(read_image)
+        for path in sorted(self.folder.rglob("*")):
+            if path.name.startswith(".") or path.suffix.lower() not in VIDEOS | IMAGES:
+                continue
+            try:
+                self._add(path)
+            except ValueError as e:
+                self.skipped.append(path)
+                print(f"skipped: {e}")
+        if self.skipped:
+            print(f"{self.folder}: {len(self.skipped)} files skipped")
+        if not self.shots and not self.photos:
+            raise SystemExit(f"{self.folder}: no usable video or photograph; name a folder with some by --data")
+        self.windows = np.array([end - start - frames + 1 for _, start, end in self.shots])
+
+    def _add(self, path):
+        video = path.suffix.lower() in VIDEOS
+        if video:
+            info = video_info(path)
+            w, h = info["width"], info["height"]
+        else:
+            h, w, _ = self.load(path).shape                      # decoded whole: a header may promise too much
+        if min(w, h) < self.size:
+            raise ValueError(f"{path}: {w}x{h} is smaller than clips of {self.size} px")
+        if not video:
+            self.photos.append(path)
+            return
+        shots = [(path, a, b) for a, b in find_shots(path, info) if b - a >= self.frames]
+        if not shots:
+            raise ValueError(f"{path}: no shot of {self.frames} frames")
+        self.shots += shots
+
+    def __len__(self):
+        """Clips that do not overlap in time, and one for each photograph; any index is valid, though."""
+        return sum((b - a) // self.frames for _, a, b in self.shots) + len(self.photos)
+
+    def hr(self, rng):
+        """One clip, uint8 (F, size, size, 3)."""
+        if self.photos and (not self.shots or rng.random() >= 0.6):
+            chosen = rng.permutation(len(self.photos))[:2]
+            return photo_clip([self.load(self.photos[i]) for i in chosen], rng, self.frames, self.size)
+        i = rng.choice(len(self.shots), p=self.windows / self.windows.sum())
+        path, start, _ = self.shots[i]
+        video = read_video(path, start + int(rng.integers(self.windows[i])), self.frames)
+        room = [side - self.size for side in video.shape[1:3]]
+        places = [tuple(rng.integers(0, r + 1) for r in room) for _ in range(3)]
+        y, x = pick(rng, places, lambda p: texture(video[0, p[0]:p[0] + self.size, p[1]:p[1] + self.size]))
+        return video[:, y:y + self.size, x:x + self.size]
+
+    def clip(self, epoch, index):
+        """(HR uint8 (F, size, size, 3), LR uint8 (F, size/4, size/4, 3))."""
+        rng = np.random.default_rng([self.seed, epoch, index])
+        hr = np.ascontiguousarray(self.hr(rng))
+        return hr, degrade(hr / np.float32(255), rng, self.strength)
+
+
+class Bank:
+    """n degraded clips made once and kept on disk, from which training crops are cut.
+
+    Degrading costs more than a small network's training step; cutting a crop costs nothing. With several processes
+    let one build it while the others wait.
+    """
+
+    def __init__(self, clips, n, cache_dir, crop, epoch=0, progress=True):
+        if crop % SCALE or crop > clips.size:
+            raise ValueError(f"crop of {crop} px: take a multiple of {SCALE}, at most the clips' {clips.size}")
+        self.n, self.size, self.crop_size, self.seed = n, clips.size, crop, clips.seed
+        self.shapes = [(clips.frames, s, s, 3) for s in (clips.size, clips.size // SCALE)]
+        media = sorted({p for p, _, _ in clips.shots} | set(clips.photos))
+        media = [(str(p.relative_to(clips.folder)), p.stat().st_size, p.stat().st_mtime_ns) for p in media]
+        key = json.dumps([BANK_FORMAT, n, clips.seed, epoch, self.shapes, asdict(clips.strength), media])
+        self.path = Path(cache_dir) / f"bank-{hashlib.sha256(key.encode()).hexdigest()[:16]}.bin"
+        row = sum(math.prod(s) for s in self.shapes)
+        if not self.path.exists():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._build(clips, epoch, row, progress)
+        self.rows = np.memmap(self.path, np.uint8, "r", shape=(n, row))
+
+    def _build(self, clips, epoch, row, progress):
+        tmp = self.path.with_suffix(f".{uuid.uuid4().hex[:8]}")
+        try:
+            rows = np.memmap(tmp, np.uint8, "w+", shape=(self.n, row))
+
+            def make(i):
+                rows[i] = np.concatenate([x.ravel() for x in clips.clip(epoch, i)])
+            with ThreadPoolExecutor(os.cpu_count()) as pool:     # which thread makes a clip changes nothing in it
+                jobs = pool.map(make, range(self.n))
+                list(tqdm(jobs, f"clips of {clips.folder}", self.n, disable=not progress))
+            rows.flush()
+            os.replace(tmp, self.path)
+        finally:
+            tmp.unlink(missing_ok=True)
+
+    def __len__(self):
+        return self.n
+
+    def whole(self, i):
+        """Clip i as it is stored: (HR uint8 (F, size, size, 3), LR uint8 (F, size/4, size/4, 3))."""
+        parts = np.split(self.rows[i], [math.prod(self.shapes[0])])
+        return tuple(p.reshape(shape) for p, shape in zip(parts, self.shapes, strict=True))
+
+    def crop(self, epoch, index):
+        """(HR uint8 (F, crop, crop, 3), LR (F, crop/4, crop/4, 3)): each clip once per epoch, cut and flipped anew."""
+        row = self.rows[np.random.default_rng([self.seed, epoch]).permutation(self.n)[index]]
+        rng = np.random.default_rng([self.seed, epoch, index])
+        y, x = rng.integers(0, (self.size - self.crop_size) // SCALE + 1, 2)          # in LR pixels
+        flips = rng.random(4) < 0.5
+        first = math.prod(self.shapes[0])
+        out = []
+        for data, shape, k in zip((row[:first], row[first:]), self.shapes, (SCALE, 1), strict=True):
+            side = self.crop_size * k // SCALE
+            v = data.reshape(shape)[:, k * y:k * y + side, k * x:k * x + side]
+            v = v[::-1] if flips[0] else v
+            v = v[:, ::-1] if flips[1] else v
+            v = v[:, :, ::-1] if flips[2] else v
+            v = v.swapaxes(1, 2) if flips[3] else v
+            out.append(np.ascontiguousarray(v))
+        return tuple(out)
+
+    def batch(self, first, count):
+        """Items first..first+count-1 of an endless stream: HR (count, 3, F, H, W), LR (.., h, w) in [-1, 1]."""
+        crops = [self.crop(*divmod(i, self.n)) for i in range(first, first + count)]
+        return tuple(torch.stack([to_tensor(c[k]) for c in crops]) for k in (0, 1))
+
+
+# ---------------------------------------------------------------------------------------------- what the stages use
+
+CLIPS = {       # by model. size: px of a stored clip; crop: px of a training crop; window: latent frames trained on
+    "tiny":  dict(frames=13, size=192, crop=96, window=3, strength="light"),
+    "small": dict(frames=13, size=256, crop=128, window=3, strength="light"),
+}
+
+
+def training_bank(cfg, rank):
+    """(Bank, its row of CLIPS) of the folder cfg.data; rank 0 builds it while the others wait."""
+    clip = CLIPS[cfg.model]
+    clips = Clips(cfg.data, clip["frames"], clip["size"], clip["strength"], cfg.seed)
+    cache = Path(cfg.out).parent / "cache"
+    if rank > 0:
+        torch.distributed.barrier()
+    bank = Bank(clips, cfg.clips, cache, clip["crop"])
+    if rank == 0 and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+    return bank, clip
+
+
+def encode_pair(vae, hr, lr, window):
+    """(z_hr, z_lr) of a batch: HR and the upsampled LR, encoded, then one random run of `window` latent frames.
+
+    The first latent frame of a clip holds a single video frame; a model that sees runs from anywhere in a clip
+    learns both kinds of first frame, and a long video can be cut in latent space.
+    """
+    z_hr, z_lr = vae.encode(hr), vae.encode(upsample(lr, hr.shape[-2:]))
+    first = int(torch.randint(z_hr.shape[2] - window + 1, ()))
+    return z_hr[:, :, first:first + window], z_lr[:, :, first:first + window]
+
+
+# ---------------------------------------------------------------------------------------------- prepare
+
+
+def sha256(path):
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def prepare(film, stills, out, listed=Path(__file__).parent / "samples" / "media.json"):
+    """Cut the listed shots and shrink the listed photographs into out/train and out/val.
+
+    The film is soft at its own 1280x720 and sharp at 640x360; each photograph is shrunk to where it is sharp.
+    """
+    todo = json.loads(Path(listed).read_text())
+    if sha256(film) != todo["film"]["sha256"]:
+        raise SystemExit(f"{film}: not the file that {listed} describes (sha256 differs)")
+    for split in ("train", "val"):
+        Path(out, split).mkdir(parents=True, exist_ok=True)
+    for shot in tqdm(todo["film"]["shots"], "shots"):
+        frames = read_video(film, shot["start"], shot["end"] - shot["start"], size=todo["film"]["size"])
+        path = Path(out, shot["split"], f"bbb_{shot['shot']:03d}.mp4")
+        write_video(path, frames, Fraction(todo["film"]["fps"]), crf=6)
+    for still in tqdm(todo["stills"] if stills else [], "photographs"):
+        path = Path(stills, still["name"])
+        if not path.is_file() or sha256(path) != still["sha256"]:
+            print(f"skipped: {path}: missing, or not the listed file")
+            continue
+        picture = Image.fromarray(read_image(path))
+        size = [int(side / still["scale"]) for side in picture.size]
+        name = Path(out, still["split"], Path(still["name"]).stem + ".jpg")
+        picture.resize(size, Image.BOX).save(name, quality=97, subsampling=0)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("command", choices=["prepare"])
+    parser.add_argument("--film", required=True, help="bbb.mp4")
+    parser.add_argument("--stills", help="folder of the photographs; without it only the film is cut")
+    parser.add_argument("--out", required=True, help="folder to write train/ and val/ into")
+    args = parser.parse_args()
+    prepare(args.film, args.stills, args.out)
+
+
+if __name__ == "__main__":
+    main()
