@@ -1,0 +1,167 @@
+"""evaluate.py on two small clips; the networks are stand-ins that cost nothing."""
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import evaluate
+import metrics
+from tests.test_metrics import texture
+
+SIZE, FRAMES = 64, 5
+
+
+def write_clips(folder):
+    folder.mkdir()
+    for i, name in enumerate(("a", "b")):
+        wide = texture(i, 70, 90)                               # 70 rows: six are cut off
+        data.write_video(folder / f"{name}.mkv", np.stack([wide[:, t:t + SIZE] for t in range(FRAMES)]), 24)
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """A run folder with clips and stages 0, 1 and 3; the calls of the stand-in for infer.upscale."""
+    monkeypatch.chdir(tmp_path)
+    write_clips(tmp_path / "val")
+    for n in (0, 1, 3):
+        (tmp_path / f"out/stage{n}").mkdir(parents=True)
+        torch.save({"fake": n}, tmp_path / f"out/stage{n}/last.pt")
+    calls = []
+
+    def load(path, part, device):
+        return (str(path), part), "vae", {}
+
+    def upscale(net, vae, lr, steps=1, w=0.0, seed=0, tile=24):
+        calls.append((*net, steps, w))
+        return np.clip(evaluate.upscale_bicubic(lr).astype(int) + steps, 0, 255).astype(np.uint8)
+
+    monkeypatch.setattr(evaluate.M, "load_checkpoint", load)
+    monkeypatch.setattr(evaluate.infer, "upscale", upscale)
+    cfg = evaluate.Config(out="out", clips="val", frames=FRAMES, teacher_steps=6, teacher="", student="")
+    return cfg, calls
+
+
+def test_numbers_pages_and_cache(run, tmp_path, capsys):
+    cfg, calls = run
+    evaluate.main(cfg)
+    result = json.loads((tmp_path / "out/report/metrics.json").read_text())
+
+    # every row has every metric; what was not run is null, with the reason
+    assert list(result["rows"]) == list(evaluate.ROWS)
+    assert all(set(evaluate.COLUMNS) <= set(values) for values in result["rows"].values())
+    assert all(result["rows"]["stage2"][k] is None for k in evaluate.COLUMNS)
+    assert "stage2_dual.py" in result["rows"]["stage2"]["reason"]
+    assert "stage2" not in result["per_clip"]["a"]
+    assert result["rows"]["HR"]["psnr"] is None and result["rows"]["HR"]["flicker"] is not None
+    assert [result["rows"][r]["calls"] for r in ("bicubic", "teacher50", "teacher1", "stage1")] == [0, 12, 2, 1]
+
+    # each row used its own checkpoint, part and steps
+    assert [c[2:] for c in calls] == [(6, 1.0)] * 2 + [(1, 1.0)] * 2 + [(1, 0.0)] * 4
+    assert [c[:2] for c in calls[::2]] == [("out/stage0/last.pt", "ema")] * 2 + [
+        ("out/stage1/last.pt", "student"), ("out/stage3/last.pt", "student")]
+
+    # the numbers belong to the names they stand under
+    for i, name in enumerate("ab"):
+        hr = data.read_video(tmp_path / f"val/{name}.mkv")[:, :64]
+        lr = data.degrade(hr / np.float32(255), np.random.default_rng([0, i]), data.LIGHT)
+        got = result["per_clip"][name]["teacher50"]
+        out = np.clip(evaluate.upscale_bicubic(lr).astype(int) + 6, 0, 255).astype(np.uint8)
+        assert got["psnr"] == pytest.approx(metrics.psnr(out, hr), abs=1e-3)
+        assert got["grid"] == pytest.approx(metrics.grid(out), abs=1e-3)
+    per_clip = [result["per_clip"][name]["bicubic"]["ssim"] for name in "ab"]
+    assert result["rows"]["bicubic"]["ssim"] == pytest.approx(np.mean(per_clip), abs=1e-5)
+
+    stamp = result["stamp"]
+    assert [c["name"] for c in stamp["clips"]] == ["a.mkv", "b.mkv"] and stamp["clips"][0]["size"] == [64, 64]
+    assert set(stamp["checkpoints"]) == {"teacher50", "teacher1", "stage1", "stage3"}
+    assert all(len(s["sha256"]) == 64 for s in [*stamp["checkpoints"].values(), *stamp["clips"]])
+    assert {"crop", "channel", "degradation", "versions", "commit", "command"} <= set(stamp)
+
+    printed = capsys.readouterr().out
+    assert "stage I + II " in printed and "run stage2_dual.py" in printed and "nan" not in printed
+
+    # one page, nothing from elsewhere, with all clips and rows
+    page = (tmp_path / "out/report/report.html").read_text()
+    assert not re.search(r"https?://|src=|@import|url\(", page) and "{{" not in page
+    embedded = json.loads(re.search(r"const DATA = (.*);\n", page)[1].replace("<\\/", "</"))
+    assert [c["name"] for c in embedded["clips"]] == ["a", "b"]
+    assert list(embedded["clips"][0]["frames"]) == ["LR", "bicubic", "teacher50", "teacher1", "stage1", "stage3", "HR"]
+    assert embedded["clips"][0]["numbers"] == list(range(FRAMES))
+    assert (tmp_path / "out/report/panel.png").stat().st_size > 1000
+
+    # again: nothing is computed twice, and the numbers are the same
+    calls.clear()
+    evaluate.main(cfg)
+    again = json.loads((tmp_path / "out/report/metrics.json").read_text())
+    assert calls == [] and again["rows"] == result["rows"]
+    # another checkpoint, another number of steps: only what depends on it
+    torch.save({"fake": 10}, "out/stage1/last.pt")
+    cfg.teacher_steps = 7
+    evaluate.main(cfg)
+    assert [c[2] for c in calls] == [7, 7, 1, 1] and calls[2][0] == "out/stage1/last.pt"
+    # another input: no old output is used
+    cfg.seed = 1
+    evaluate.main(cfg)
+    other = json.loads((tmp_path / "out/report/metrics.json").read_text())
+    assert all(other["rows"][row]["psnr"] != result["rows"][row]["psnr"] for row in ("bicubic", "stage3"))
+
+
+def test_real_networks(tmp_path, monkeypatch):
+    """The same path with a DiT and a video code that were never trained, from a checkpoint on disk."""
+    monkeypatch.chdir(tmp_path)
+    write_clips(tmp_path / "val")
+    net, vae = evaluate.M.build("tiny"), evaluate.M.PatchVAE()
+    torch.save({"stage": "stage 3", "config": {"model": "tiny"}, "step": 0, "ema": net.state_dict(),
+                "student": net.state_dict(), "vae": vae.state_dict()}, "both.pt")
+    evaluate.main(evaluate.Config(out="out", clips="val", frames=FRAMES, max_clips=1, teacher_steps=2,
+                                  teacher="both.pt", student="both.pt"))
+    rows = json.loads((tmp_path / "out/report/metrics.json").read_text())["rows"]
+    assert all(rows[row]["psnr"] > 0 for row in ("teacher50", "teacher1", "stage3")) and "reason" in rows["stage1"]
+    kept = data.read_video(tmp_path / "out/report/clips/a_stage3.mkv")
+    assert kept.shape == (FRAMES, 64, 64, 3)
+
+
+def test_stopped_while_writing_is_made_again(run, tmp_path):
+    path, stamp = tmp_path / "x.mkv", {"a": 1}
+    frames = np.zeros((1, 16, 16, 3), np.uint8)
+    evaluate.keep(path, stamp, frames, 2.5, 24)
+    assert evaluate.kept(path, stamp)[1] == 2.5 and np.array_equal(evaluate.kept(path, stamp)[0], frames)
+    assert evaluate.kept(path, {"a": 2}) is None
+    path.with_suffix(".json").unlink()
+    assert evaluate.kept(path, stamp) is None
+
+
+def test_shipped_weights_stand_in_only_for_what_was_never_run(run, tmp_path):
+    cfg, _ = run
+    (tmp_path / "teacher.pt").write_bytes(b"t")
+    (tmp_path / "student.pt").write_bytes(b"s")
+    cfg.teacher, cfg.student = "teacher.pt", "student.pt"
+    rows = evaluate.sources(cfg)
+    assert rows["teacher50"]["path"] == "out/stage0/last.pt"
+    (tmp_path / "out/stage3/last.pt").unlink()
+    assert isinstance(evaluate.sources(cfg)["stage3"], str)     # a run without stage III is not given another's
+    cfg.out = "elsewhere"
+    rows = evaluate.sources(cfg)
+    assert rows["teacher1"]["path"] == "teacher.pt" and rows["stage3"]["path"] == "student.pt"
+    assert isinstance(rows["stage1"], str)
+
+
+@pytest.mark.parametrize("field, value, words", [
+    ("frames", 6, "take 4k"), ("frames", 9, "5 frames"), ("clips", "nowhere", "--clips"), ("strength", "x", "light")])
+def test_mistakes_get_one_line(run, field, value, words):
+    cfg, _ = run
+    setattr(cfg, field, value)
+    with pytest.raises(SystemExit, match=words):
+        evaluate.main(cfg)
+
+
+def test_page_keeps_as_many_frames_as_fit(run):
+    clip = {row: np.random.default_rng(0).integers(0, 255, (9, 64, 64, 3), np.uint8) for row in ("LR", "HR")}
+    whole = evaluate.report.page_clips(["a"], [clip], 10**9)[0]
+    assert whole["numbers"] == list(range(9))
+    one = sum(len(v[0]) for v in whole["frames"].values())
+    some = evaluate.report.page_clips(["a"], [clip], int(3.5 * one) + sum(map(len, whole["xt"].values())))[0]
+    assert some["numbers"] == [3, 4, 5] and some["frames"]["HR"] == whole["frames"]["HR"][3:6]
