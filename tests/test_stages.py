@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+import common
 import data
 import model as M
 import stage0_teacher as stage0
@@ -51,6 +52,7 @@ def media(tmp_path_factory):
 def small(monkeypatch):
     monkeypatch.setitem(M.MODELS, "tiny", SMALL_MODEL)
     monkeypatch.setitem(data.CLIPS, "tiny", SMALL_CLIP)
+    monkeypatch.setattr(common, "panel", lambda *args: None)    # plots cost more than all the rest
 
 
 @pytest.fixture(scope="module")
