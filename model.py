@@ -347,7 +347,7 @@ class PatchVAE(nn.Module):
     """
     stride, channels = 4, 16
 
-    def __init__(self, width=64):
+    def __init__(self, width=96):
         super().__init__()
         self.register_buffer("mean", torch.zeros(192))
         self.register_buffer("basis", torch.zeros(192, 16))

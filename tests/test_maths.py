@@ -162,3 +162,15 @@ def test_posterior_mean_helper_is_right():
     near = (z_t - 1.1).abs() < 0.05
     assert z_0[near].mean().item() == pytest.approx(posterior_mean(torch.tensor([1.1]), t, 2.0, 0.5).item(), abs=0.02)
     assert math.isclose(posterior_mean(torch.tensor([1.1]), torch.zeros(1), 2.0, 0.5).item(), 1.1, abs_tol=1e-6)
+
+
+def test_grid_ratios_see_patches_and_nothing_else():
+    noise = torch.rand(2, 3, 9, 64, 64)
+    assert (stage0.grid_ratios(noise) - 1).abs().max() < 0.02
+    for axis in range(3):
+        sizes = [9, 64, 64]
+        index = torch.arange(sizes[axis]).add(3 if axis == 0 else 0) // 4
+        # a value per patch along this axis, under finer noise
+        step = torch.rand(2, 3, *[int(index.max()) + 1 if i == axis else sizes[i] for i in range(3)])
+        ratios = stage0.grid_ratios(0.2 * noise + step.index_select(axis + 2, index))
+        assert ratios[axis] > 1.5 and all(abs(r - 1) < 0.1 for i, r in enumerate(ratios) if i != axis)
