@@ -27,7 +27,8 @@ def test_equation_table_names_functions_and_tests():
 
 def test_readme_names_files_that_exist():
     text = read("README.md")
-    names = set(re.findall(r"(?:python3?|torchrun\b.*?) (\w+\.py)", text)) | set(re.findall(r"\]\(((?!http)[\w./]+)\)", text))
+    names = set(re.findall(r"(?:python3?|torchrun\b.*?) (\w+\.py)", text))
+    names |= set(re.findall(r"\]\(((?!http)[\w./]+)\)", text))
     assert len(names) >= 6
     for name in names | {"samples/lr/apple.mp4", "weights/niqe_pris_params.npz", "samples/media.json"}:
         assert os.path.exists(os.path.join(ROOT, name)), name
