@@ -4,7 +4,7 @@
 
 PYTHON ?= python3
 OUT    ?= out/tiny
-EVAL   ?=
+EVAL   ?= --max_clips 2 --frames 9
 RUN     = .venv/bin/python
 
 demo: .venv/ready

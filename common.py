@@ -24,6 +24,7 @@ def parse_config(Config, presets, argv=None):
     comments = dict(re.findall(r"^    (\w+):.*?#\s*(.*)$", inspect.getsource(Config), re.M))
     cli = argparse.ArgumentParser(allow_abbrev=False, description=sys.modules[Config.__module__].__doc__,
                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+    cli.error = lambda message: sys.exit(f"{cli.prog}: {message}; see --help")     # one line, not the whole usage
     cli.add_argument("--preset", choices=list(presets), default=next(iter(presets)), help="scale of the run")
     for f in fields(Config):
         note = f"{comments.get(f.name, '')} (default {f.default!r})".replace("%", "%%")

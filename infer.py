@@ -8,6 +8,7 @@ Frames out = frames in, at the same frame rate. The whole clip is held in memory
 """
 import argparse
 import os
+import sys
 
 import torch
 import torch.nn.functional as F
@@ -73,6 +74,7 @@ def upscale(net, vae, lr, steps=1, w=0.0, seed=0, tile=24, window=3, color="wave
 def main(argv=None):
     cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                   allow_abbrev=False)
+    cli.error = lambda message: sys.exit(f"{cli.prog}: {message}; see --help")
     cli.add_argument("input", help="video, image, or folder of frames")
     cli.add_argument("output", help="video: .mp4 (H.264) or .mkv (lossless)")
     cli.add_argument("--ckpt", default=STUDENT, help="checkpoint of any stage (default: the student that ships)")

@@ -1,0 +1,79 @@
+"""Configuration, shared noise, and the precision that small updates need."""
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+import common
+import model as M
+
+
+@dataclass
+class Config:
+    out: str = "out"                # a folder
+    steps: int = 10                 # how many
+    rate: float = 0.5               # 50 % of something
+    resume: bool = False            # go on
+    grid: tuple = (4, 2)            # numbers
+
+
+PRESETS = {"tiny": dict(steps=3), "small": dict(steps=5, rate=1.0)}
+
+
+def test_later_wins():
+    assert common.parse_config(Config, PRESETS, []) == Config(steps=3)
+    assert common.parse_config(Config, PRESETS, ["--preset", "small", "--rate", "2"]) == Config(steps=5, rate=2.0)
+    given = ["--steps", "7", "--resume", "--grid", "8", "4", "2"]
+    assert common.parse_config(Config, PRESETS, given) == Config(steps=7, resume=True, grid=(8, 4, 2))
+    assert common.parse_config(Config, PRESETS, ["--no-resume"]).resume is False
+
+
+@pytest.mark.parametrize("argv", [["--stepz", "3"], ["--step", "3"], ["--steps", "many"], ["--preset", "huge"], ["x"]])
+def test_bad_flags_are_one_line(argv):
+    with pytest.raises(SystemExit) as stop:
+        common.parse_config(Config, PRESETS, argv)
+    assert "\n" not in stop.value.code and "--help" in stop.value.code
+
+
+def test_help_is_the_comment(capsys):
+    with pytest.raises(SystemExit):
+        common.parse_config(Config, PRESETS, ["--help"])
+    assert "50 % of something" in capsys.readouterr().out
+
+
+def test_ranks_share_one_draw():
+    draws = []
+    for rank, world, batch in ((0, 1, 6), (0, 2, 3), (1, 2, 3)):
+        common.reseed(1, "stage", 5)
+        draws.append(common.draw(torch.randn, (batch, 2), rank, world, "cpu"))
+    assert torch.equal(draws[0], torch.cat(draws[1:])) and not torch.equal(draws[1], draws[2])
+    common.reseed(1, "stage", 6)
+    assert not torch.equal(draws[0], common.draw(torch.randn, (6, 2), 0, 1, "cpu"))
+
+
+def test_save_is_atomic(tmp_path):
+    path = str(tmp_path / "last.pt")
+    common.save(path, Config(), "stage1", 1, x={"a": torch.ones(1)})
+
+    class Broken:
+        def state_dict(self):
+            raise RuntimeError("disk full")
+    with pytest.raises(RuntimeError):
+        common.save(path, Config(), "stage1", 2, x=Broken())
+    assert torch.load(path, weights_only=True)["step"] == 1
+
+
+def test_weights_are_fp32_because_bf16_would_not_move():                                # T22
+    assert {p.dtype for p in M.build("tiny").parameters()} == {torch.float32}
+    w = (0.02 * torch.randn(1_000_000)).bfloat16()
+    moved = ((w.float() + 2e-6 * torch.randn(1_000_000).sign()).bfloat16() != w).float().mean().item()
+    assert moved == pytest.approx(0.039, abs=0.004)
+    w = w.float()
+    assert (w + 2e-6 != w).float().mean() > 0.99
+
+
+def test_average_of_weights():
+    a, b = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    want = 0.9 * a.weight.detach() + 0.1 * b.weight.detach()
+    common.ema_update(a, b, 0.9)
+    torch.testing.assert_close(a.weight, want)
