@@ -1,5 +1,6 @@
 """Plumbing shared by every script. Nothing in this file comes from the paper, and importing it does nothing."""
 import argparse
+import datetime
 import inspect
 import json
 import os
@@ -50,7 +51,8 @@ def setup():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # the others may wait long while rank 0 degrades clips or ranks candidates
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=12))
     return rank, world, device
 
 
@@ -86,9 +88,18 @@ def mean(value):
     """A number averaged over all ranks."""
     value = torch.as_tensor(value).detach().float().clone()
     if dist.is_initialized():
+        value = value.to("cuda" if dist.get_backend() == "nccl" else "cpu")     # nccl reduces nothing on the CPU
         dist.all_reduce(value)
         value /= dist.get_world_size()
     return value.item()
+
+
+def clip_and_step(optimiser, net, max_norm):
+    """Clip the gradient norm of net, then step; a step whose gradient is not finite is left out. Returns the norm."""
+    norm = torch.nn.utils.clip_grad_norm_(net.parameters(), max_norm)
+    if torch.isfinite(norm):                    # the same on all ranks: gradients are averaged already
+        optimiser.step()
+    return norm
 
 
 def ema_update(ema, net, decay):
@@ -106,18 +117,25 @@ def raw(part):
     return getattr(part, "module", part)
 
 
-def save(path, cfg, stage, step, /, **parts):
-    """Write {stage, config, step, one state dict per part} under a temporary name, then rename: never half a file."""
+def save(path, cfg, stage, step, total, /, **parts):
+    """Write {stage, config, step, total, a state dict per part}: under a temporary name, then renamed, never half."""
     state = {k: raw(p).state_dict() if hasattr(raw(p), "state_dict") else p for k, p in parts.items()}
-    torch.save({"stage": stage, "config": asdict(cfg), "step": step, **state}, path + ".tmp")
+    torch.save({"stage": stage, "config": asdict(cfg), "step": step, "total": total, **state}, path + ".tmp")
     os.replace(path + ".tmp", path)
 
 
 def continue_from(path, cfg, parts):
-    """With cfg.resume, fill the parts from the checkpoint of the interrupted run. Returns its step, or 0."""
+    """With cfg.resume, fill the parts from the checkpoint of the interrupted run. Returns its step, or 0.
+
+    A run made with other constants is not continued: its numbers would belong to neither.
+    """
     if not cfg.resume or not os.path.exists(path):
         return 0
     state = torch.load(path, map_location="cpu", weights_only=True)     # cpu: else all ranks share GPU 0
+    free = {"resume", "steps", "log_every", "save_every", "out", "data"}
+    changed = [k for k, v in asdict(cfg).items() if k not in free and state["config"].get(k) != v]
+    if changed:
+        raise SystemExit(f"{path}: made with another {', '.join(changed)}; set it back, or name another --out")
     for name, part in parts.items():
         try:
             part.load_state_dict(state[name])
@@ -136,20 +154,32 @@ def start_run(out_dir, cfg):
     if os.path.exists(last) and not cfg.resume:
         raise SystemExit(f"{last} exists: add --resume to continue it, or name another --out")
     os.makedirs(out_dir, exist_ok=True)
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
-    about = {"config": asdict(cfg), "argv": sys.argv, "commit": git.stdout.strip(), "torch": torch.__version__,
+    about = {"config": asdict(cfg), "argv": sys.argv, "commit": commit(), "torch": torch.__version__,
              "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}
     with open(f"{out_dir}/run.json", "w") as f:
         json.dump(about, f, indent=2)
-    step = torch.load(last, map_location="cpu", weights_only=True)["step"] if os.path.exists(last) else 0
+    try:
+        step = torch.load(last, map_location="cpu", weights_only=True)["step"] if os.path.exists(last) else 0
+    except Exception as error:
+        raise SystemExit(f"{last}: cannot be read ({type(error).__name__}); remove it, or name another --out") from None
     kept = [line for line in read_log(out_dir) if line["step"] <= step]
     with open(f"{out_dir}/log.jsonl", "w") as f:
         f.writelines(json.dumps(line) + "\n" for line in kept)
 
 
+def commit():
+    """The commit of this code, with -dirty where it was edited; "unknown" without git."""
+    try:
+        git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True,
+                             cwd=os.path.dirname(os.path.abspath(__file__)))
+    except OSError:
+        return "unknown"
+    return git.stdout.strip() or "unknown"
+
+
 def log(out_dir, bar, step, **values):
     """One JSON line in out_dir/log.jsonl and the same numbers behind the progress bar."""
-    values = {k: round(v, 6) if isinstance(v, float) else v for k, v in values.items()}
+    values = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in values.items()}
     with open(f"{out_dir}/log.jsonl", "a") as f:
         f.write(json.dumps({"step": step, **values}) + "\n")
     bar.set_postfix_str(" ".join(f"{k} {v:.3g}" for k, v in values.items() if isinstance(v, (int, float))))

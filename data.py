@@ -698,6 +698,8 @@ CLIPS = {       # by model. size: px of a stored clip; crop: px of a training cr
 
 def training_bank(cfg, rank):
     """(Bank, its row of CLIPS) of the folder cfg.data; rank 0 builds it while the others wait."""
+    if cfg.model not in CLIPS:
+        raise SystemExit(f"model {cfg.model!r}: there are clips for {', '.join(CLIPS)} (CLIPS in data.py)")
     clip = CLIPS[cfg.model]
     clips = Clips(cfg.data, clip["frames"], clip["size"], clip["strength"], cfg.seed)
     cache = Path(cfg.out).parent / "cache"

@@ -231,8 +231,6 @@ def plain(x):
 
 def make_stamp(cfg, clips, rows, device):
     """What someone needs to make the same numbers, or to see why theirs differ."""
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True,
-                         cwd=Path(__file__).parent)
     ffmpeg = subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-version"], capture_output=True, text=True)
     return {
         "clips": [{"name": c["path"].name, "sha256": data.sha256(c["path"]), "frames": f"0..{cfg.frames - 1}",
@@ -246,7 +244,7 @@ def make_stamp(cfg, clips, rows, device):
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
                      "ffmpeg": ffmpeg.stdout.split()[2]},
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-        "commit": git.stdout.strip() or "unknown",
+        "commit": common.commit(),
         "command": " ".join(sys.argv),
     }
 

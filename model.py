@@ -78,7 +78,7 @@ def euler(velocity, eps, steps, shift=1.0):
     z, grid = eps, time_grid(steps, shift).to(eps.device)
     for i in range(steps, 0, -1):
         t = grid[i].expand(len(z))
-        z = z - (grid[i] - grid[i - 1]) * velocity(z, t).float()
+        z = z - (grid[i] - grid[i - 1]) * velocity(z, t)
     return z
 
 
@@ -90,8 +90,8 @@ def prompt(z, which=POSITIVE):
 def sample(net, eps, z_lr, steps, shift=1.0, w=0.0):
     """The multi-step sampler: `steps` Euler steps under the positive prompt, guided where w > 0. Returns z_0."""
     def velocity(z, t):
-        v_c = net(z, t, z_lr, prompt(z))
-        return guide(v_c, net(z, t, z_lr, prompt(z, NULL)), w) if w else v_c
+        v_c = net(z, t, z_lr, prompt(z)).float()                        # guidance subtracts: fp32, never bf16
+        return guide(v_c, net(z, t, z_lr, prompt(z, NULL)).float(), w) if w else v_c
     return euler(velocity, eps, steps, shift)
 
 
@@ -262,15 +262,15 @@ class RFSHead(nn.Module):
     def __init__(self, dim, taps, channels, grid, models=2, pooled=False):
         super().__init__()
         self.grid, layers, width, size = grid, [], models * taps * dim, min(grid[1:])
-        for kernel in (1, 4, 4):
-            if kernel == 1:
-                layers.append(nn.Conv3d(width, channels, 1))
-            elif size >= 4:                                             # halve the token grid, keep time
-                layers.append(nn.Conv3d(channels, channels, (3, 4, 4), stride=(1, 2, 2), padding=1))
+        convs = [nn.Conv3d(width, channels, 1)]
+        for _ in range(2):
+            if size >= 4:                                               # halve the token grid, keep time
+                convs.append(nn.Conv3d(channels, channels, (3, 4, 4), stride=(1, 2, 2), padding=1))
                 size //= 2
             else:                                                       # a 3 x 3 grid is left as it is
-                layers.append(nn.Conv3d(channels, channels, 3, padding=1))
-            layers += [nn.GroupNorm(min(32, channels // 4), channels), nn.LeakyReLU(0.2)]
+                convs.append(nn.Conv3d(channels, channels, 3, padding=1))
+        for conv in convs:
+            layers += [conv, nn.GroupNorm(min(32, channels // 4), channels), nn.LeakyReLU(0.2)]
         if pooled:
             layers.append(nn.AdaptiveAvgPool3d(1))
         layers.append(nn.Conv3d(channels, 1, 1))
@@ -406,21 +406,24 @@ def read_checkpoint(path):
         raise SystemExit(f"{path}: no such checkpoint; run the stage that writes it, or name another file")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        state["config"]["model"], state["stage"], state["vae"]
+        state["config"]["model"], state["stage"], state["vae"], state["total"]
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:100]
         raise SystemExit(f"{path}: not a checkpoint of this project ({reason})") from None
     return state
 
 
-def load_checkpoint(path, part="student", device="cpu"):
+def load_checkpoint(path, part="student", device="cpu", finished=False):
     """One network of a checkpoint and the video code in it, ready for inference.
 
-    part: name of the state dict, such as "student", "ema" (stage 0) or "cfg" (stage 1).
+    part: name of the state dict, such as "student", "ema" (stage 0) or "cfg" (stage 1). finished: refuse the checkpoint
+    of a run that was interrupted, as the next stage must.
     Returns (net, vae, info) with info = {"config", "step", "stage"}.
     """
     state = read_checkpoint(path)
-    if part not in state:
+    if finished and state["step"] < state["total"]:
+        raise SystemExit(f"{path}: unfinished, step {state['step']} of {state['total']}; finish it with --resume")
+    if not isinstance(state.get(part), dict) or "head.head.weight" not in state[part]:
         nets = [k for k, v in state.items() if isinstance(v, dict) and "head.head.weight" in v]
         raise SystemExit(f"{path}: a {state['stage']} checkpoint without {part!r}; it has {', '.join(nets)}")
     net, vae = build(state["config"]["model"]), PatchVAE()

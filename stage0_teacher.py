@@ -6,7 +6,8 @@ The paper starts from such a model and does not describe its training; this one 
     torchrun --nproc_per_node=8 stage0_teacher.py --preset small
 
 Reads   the videos and photographs under --data.
-Writes  out/<preset>/stage0/last.pt: net, ema (the teacher that stage I reads), vae, optimiser; log.jsonl, panel.png.
+Writes  out/<preset>/stage0/last.pt: net, ema (the teacher that stage I reads), vae, optimiser; vae.pt, run.json,
+        log.jsonl, panel.png, loss.png.
 
 Differs from the paper: (1) trained from scratch, with a linear patch code in place of its video VAE, at the presets
 tiny and small; (2) two learned prompts, "high quality" and "low quality", in place of captions: clips that carry the
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
@@ -48,7 +50,7 @@ class Config:
     lr_noise: float = 0.1           # z_lr <- (1 - a) z_lr + a n, a ~ U(0, lr_noise) [SeedVR: 0.25]
     shift: float = 1.0              # time shift of the training times, uniform at 1 [SeedVR: 5 for large videos]
     vae_steps: int = 1_500          # steps that fit the decoder of the patch code
-    vae_grid: float = 0.2           # weight of the decoder's grid term
+    vae_jumps: float = 2.0          # weight of the decoder's second term, against its own grid [ours]
     vae_noise: float = 0.15         # noise on its latents, up to this standard deviation
     log_every: int = 20             # steps between log lines
     save_every: int = 500           # steps between checkpoints and panels
@@ -91,29 +93,31 @@ def soften(video, sigma):
     return flat.transpose(0, 1).unflatten(1, (3, -1))
 
 
-def grid_ratios(video):
-    """Mean jump across the borders of the 4 x 4 x 4 patches over the mean jump inside: (time, rows, columns).
+def jumps(video, block=32):
+    """Mean absolute jump between neighbouring pixels: (6, n) for n blocks of block x block pixels of the whole clip.
 
-    video: (B, 3, F, H, W), F = 4 n + 1 with n > 0: the first frame is a patch of its own. 1 where no grid is seen.
+    Rows: along time, height, width; for each the jumps across the borders of 4 x 4 x 4 patches, then those inside.
+    video: (B, 3, F, H, W), F = 4 k + 1 with k > 0: the first frame is a patch of its own.
     """
-    ratios = []
-    for axis, first in ((2, 0), (3, 3), (4, 3)):
-        jump = video.diff(dim=axis).abs().transpose(0, axis).flatten(1).mean(1)
-        border = torch.arange(len(jump), device=video.device) % 4 == first
-        ratios.append(jump[border].mean() / jump[~border].mean())
-    return torch.stack(ratios)
+    blocks = rearrange(video, "B c F (y p) (x q) -> (B y x) F c p q", p=block, q=block)
+    means = []
+    for axis, first in ((1, 0), (3, 3), (4, 3)):
+        jump = blocks.diff(dim=axis).abs().transpose(1, axis).flatten(2).mean(2)            # (n, neighbours)
+        border = torch.arange(jump.shape[1], device=video.device) % 4 == first
+        means += [jump[:, border].mean(1), jump[:, ~border].mean(1)]
+    return torch.stack(means)
 
 
 def learning_rate(step, cfg):
     """Linear warm-up, constant, linear decay to 0 over the last share of the steps."""
-    return cfg.lr * min(1, (step + 1) / cfg.warmup, (cfg.steps - step) / (cfg.decay * cfg.steps))
+    return cfg.lr * min(1, (step + 1) / max(1, cfg.warmup), (cfg.steps - step) / max(1, cfg.decay * cfg.steps))
 
 
 def fit_vae(bank, cfg, device):
     """The video code: PCA in closed form, then the decoder's correction on noisy latents.
 
     Squared error alone leaves a grid: what the code drops lies inside the patches, so their insides come out smoother
-    than their borders. The second term asks for the ground truth's own ratio of the two.
+    than their borders. The second term asks for as much change as the ground truth has, on borders and inside.
     """
     common.reseed(cfg.seed, "vae")
     vae = M.PatchVAE().to(device)
@@ -127,7 +131,7 @@ def fit_vae(bank, cfg, device):
         z = vae.encode(hr)
         z = z + cfg.vae_noise * torch.rand(len(z), 1, 1, 1, 1, device=device) * torch.randn_like(z)
         out = vae.decode(z)
-        loss = F.mse_loss(out, hr) + cfg.vae_grid * (grid_ratios(out) - grid_ratios(hr)).square().sum()
+        loss = F.mse_loss(out, hr) + cfg.vae_jumps * (jumps(out) - jumps(hr)).square().mean()
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -145,8 +149,8 @@ def main(cfg):
     bank, clip = data.training_bank(cfg, rank)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
-    # the video code is fitted once, by rank 0, and kept in a file of its own until the first checkpoint holds it
-    if rank == 0 and not os.path.exists(f"{out_dir}/vae.pt"):
+    # the video code is fitted once, by rank 0, and kept in a file of its own
+    if rank == 0 and not (cfg.resume and os.path.exists(f"{out_dir}/vae.pt")):
         torch.save(fit_vae(bank, cfg, device).cpu().state_dict(), f"{out_dir}/vae.pt.tmp")
         os.replace(f"{out_dir}/vae.pt.tmp", f"{out_dir}/vae.pt")
     common.barrier()
@@ -184,8 +188,7 @@ def main(cfg):
             group["lr"] = learning_rate(step, cfg)
         optimiser.zero_grad()
         losses.mean().backward()
-        norm = torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        optimiser.step()
+        norm = common.clip_and_step(optimiser, net, 1.0)
         common.ema_update(ema, net, min(cfg.ema, (step + 1) / (step + 10)))
 
         # 3) log, panel, save
@@ -195,7 +198,7 @@ def main(cfg):
             if rank == 0:
                 common.log(out_dir, bar, done, loss=loss, grad_norm=norm.item(), lr=learning_rate(step, cfg))
         if rank == 0 and (done % cfg.save_every == 0 or done == cfg.steps):
-            common.save(f"{out_dir}/last.pt", cfg, "stage0", done, **parts)
+            common.save(f"{out_dir}/last.pt", cfg, "stage0", done, cfg.steps, **parts)
             hr, lr = (x.to(device) for x in bank.batch(0, 4))
             z_0, z_lr = data.encode_pair(vae, hr, lr, clip["window"])
             eps = torch.randn_like(z_0)

@@ -112,6 +112,8 @@ def check(cfg):
         raise SystemExit(f"pd_grid {cfg.pd_grid}: each number must be half the one before, and the last one 1")
     if cfg.pd_space not in ("v", "z"):
         raise SystemExit(f'pd_space {cfg.pd_space!r}: "v" or "z"')
+    if min(cfg.cfg_steps, cfg.steps_per_phase) < 1:
+        raise SystemExit("cfg_steps and steps_per_phase: at least 1")
 
 
 def main(cfg):
@@ -120,12 +122,11 @@ def main(cfg):
     out_dir = f"{cfg.out}/stage1"
     if rank == 0:
         common.start_run(out_dir, cfg)
-    common.barrier()
     bank, clip = data.training_bank(cfg, rank)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
     # teacher: whom the student imitates now; student: trained; cfg_net: the student as CFG distillation left it
-    teacher, vae, _ = M.load_checkpoint(M.teacher_file(cfg), "ema", device)
+    teacher, vae, _ = M.load_checkpoint(M.teacher_file(cfg), "ema", device, finished=True)
     student = deepcopy(teacher).requires_grad_(True)
     cfg_net = deepcopy(teacher)
     optimiser = torch.optim.AdamW(student.parameters(), lr=cfg.cfg_lr, weight_decay=0)
@@ -176,19 +177,19 @@ def main(cfg):
         loss = pd_loss(v, target, t, t_end, cfg.pd_space if phase >= 0 else "v")
         optimiser.zero_grad()
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-        optimiser.step()
+        norm = common.clip_and_step(optimiser, student, 1.0)
 
         # 3) log, save, panel
         done = step + 1
         ends = done == cfg.cfg_steps or (phase >= 0 and k + 1 == cfg.steps_per_phase)
         if done % cfg.log_every == 0 or ends:
-            values = dict(loss=common.mean(loss), ratio=common.mean(ratio(v.detach(), target, v_start)),
-                          guidance=common.mean((target - v_start).square().mean() / v_start.square().mean()))
+            values = dict(loss=common.mean(loss), ratio=common.mean(ratio(v.detach(), target, v_start)))
+            if phase < 0:                                               # how far v_cfg is from v_c at all
+                values["guidance"] = common.mean((target - v_start).square().mean() / v_start.square().mean())
             if rank == 0:
                 common.log(out_dir, bar, done, **values, student_steps=0 if phase < 0 else n, grad_norm=norm.item())
         if rank == 0 and (done % cfg.save_every == 0 or ends):
-            common.save(f"{out_dir}/last.pt", cfg, "stage1", done, **parts)
+            common.save(f"{out_dir}/last.pt", cfg, "stage1", done, total, **parts)
         if rank == 0 and ends:
             hr, lr = (x.to(device) for x in bank.batch(0, 4))
             z_0, z_lr = data.encode_pair(vae, hr, lr, clip["window"])
@@ -205,9 +206,9 @@ def main(cfg):
 def verdicts(out_dir, step):
     """What the last log line says, in plain words."""
     last = [line for line in common.read_log(out_dir) if line["step"] <= step][-1]
-    words = [f"step {step}: the student is {last['ratio']:.2f} of the way it started from its target"
-             + (" (good)" if last["ratio"] < 0.3 else ": train this phase longer" if last["ratio"] > 0.7 else "")]
-    if last["student_steps"] == 0 and last["guidance"] < 1e-4:
+    words = [f"step {step}: the error is {last['ratio']:.2f} of what it was at the start of the phase"
+             + (" (good)" if last["ratio"] < 0.3 else "; train it longer" if last["ratio"] > 0.7 else "")]
+    if last.get("guidance", 1) < 1e-4:
         words.append("guidance hardly moves the velocity: CFG distillation has nothing to teach; raise cfg_w")
     return words
 

@@ -17,7 +17,6 @@ itself (dmd_half = False drops it); (2) the real score is the CFG-distilled mode
 """
 from copy import deepcopy
 from dataclasses import dataclass
-from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -150,14 +149,13 @@ def main(cfg):
     out_dir = f"{cfg.out}/stage2"
     if rank == 0:
         common.start_run(out_dir, cfg)
-    common.barrier()
     bank, clip = data.training_bank(cfg, rank)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
     # real: frozen score model; fake: trained score model, a multi-step model like real, from which it starts;
     # head: discriminator head on the features of both; average: of the student's weights, for use and never fed back
-    student, vae, _ = M.load_checkpoint(f"{cfg.out}/stage1/last.pt", "student", device)
-    fake, _, _ = M.load_checkpoint(f"{cfg.out}/stage1/last.pt", "cfg", device)
+    student, vae, _ = M.load_checkpoint(f"{cfg.out}/stage1/last.pt", "student", device, finished=True)
+    fake, _, _ = M.load_checkpoint(f"{cfg.out}/stage1/last.pt", "cfg", device, finished=True)
     real = M.load_checkpoint(M.teacher_file(cfg), "ema", device)[0] if cfg.real_score == "teacher" else deepcopy(fake)
     average = deepcopy(student)
     taps = M.tap_blocks(len(real.blocks))
@@ -177,7 +175,7 @@ def main(cfg):
     student_ddp, fake_ddp, head_ddp = (DDP(net) if world > 1 else net for net in (student, fake, head))
 
     def next_batch(i):
-        """Batch i of the run: HR and LR latents, (B, C, T, head, W) each."""
+        """Batch i of the run: HR and LR latents, (B, C, T, H, W) each."""
         hr, lr = (x.to(device) for x in bank.batch((i * world + rank) * cfg.batch, cfg.batch))
         return data.encode_pair(vae, hr, lr, clip["window"])
 
@@ -193,7 +191,7 @@ def main(cfg):
             v, features = net(z_t, t, z_lr, M.prompt(z_t), taps)
             if net is real and cfg.real_score == "teacher":
                 with torch.no_grad():
-                    v = M.guide(v, net(z_t, t, z_lr, M.prompt(z_t, M.NULL)), cfg.real_w)
+                    v = M.guide(v.float(), net(z_t, t, z_lr, M.prompt(z_t, M.NULL)).float(), cfg.real_w)
         return v.float(), features
 
     def chosen(real, fake):
@@ -201,13 +199,13 @@ def main(cfg):
         return {"both": real + fake, "real": real, "fake": fake}[cfg.features]
 
     # the steps before 0 are the warm-up: auxiliary updates alone, until fake score and head know the student
-    first = start - cfg.aux_warmup
-    bar = tqdm(range(first, cfg.steps), "stage II", initial=start, total=cfg.steps + cfg.aux_warmup, disable=rank > 0,
-               dynamic_ncols=True)
+    first = start or -cfg.aux_warmup
+    bar = tqdm(range(first, cfg.steps), "stage II", initial=first + cfg.aux_warmup, total=cfg.steps + cfg.aux_warmup,
+               disable=rank > 0, dynamic_ncols=True)
     for step in bar:
         common.reseed(cfg.seed, "stage 2", step)
         batches = step + cfg.aux_warmup if step < 0 else cfg.aux_warmup + step * (cfg.aux_per_student + 1)
-        active = set(cfg.streams)
+        active, head_trains = set(cfg.streams), "gan" in cfg.streams     # the head also while DMD leads, in sequence
         if cfg.order == "sequential":
             active = {"dmd"} if step < cfg.steps // 2 else {"gan"}
         gan = "gan" in active
@@ -222,7 +220,7 @@ def main(cfg):
             v_fake, f_fake = score(fake_ddp, z_t, t, z_lr)                 # one forward for L_Diff and for L_D
             loss_diff = F.mse_loss(v_fake, eps - z_0)
             loss_d = torch.zeros((), device=device)
-            if gan or step < 0:
+            if head_trains:
                 t_hr, eps_hr = (t, eps) if cfg.gan_same_noise else noise(z_hr)
                 z_t_hr = M.add_noise(z_hr, eps_hr, t_hr)
                 with torch.no_grad():
@@ -234,11 +232,9 @@ def main(cfg):
                 loss_d = hinge_d(*logits.float().chunk(2))
             opt_fake.zero_grad(), opt_head.zero_grad()
             (loss_diff + loss_d).backward()                             # disjoint parameters: one backward serves both
-            torch.nn.utils.clip_grad_norm_(fake.parameters(), cfg.clip_norm)
-            torch.nn.utils.clip_grad_norm_(head.parameters(), cfg.clip_norm)
-            opt_fake.step()
-            if gan or step < 0:
-                opt_head.step()
+            common.clip_and_step(opt_fake, fake, cfg.clip_norm)
+            if head_trains:
+                common.clip_and_step(opt_head, head, cfg.clip_norm)
         if step < 0:
             bar.set_postfix_str(f"warm-up: diff {loss_diff.item():.3g} d {loss_d.item():.3g}")
             continue
@@ -273,8 +269,7 @@ def main(cfg):
             pull = {k: torch.autograd.grad(x, z_0, retain_graph=True)[0].norm().item() for k, x in losses.items()}
         opt_student.zero_grad()
         sum(losses.values()).backward()
-        norm = torch.nn.utils.clip_grad_norm_(student.parameters(), cfg.clip_norm)
-        opt_student.step()
+        norm = common.clip_and_step(opt_student, student, cfg.clip_norm)
         common.ema_update(average, student, min(cfg.ema, done / (done + 10)))
         fake.requires_grad_(True), head.requires_grad_(True)
 
@@ -286,7 +281,7 @@ def main(cfg):
             if rank == 0:
                 common.log(out_dir, bar, done, **values)
         if rank == 0 and (done % cfg.save_every == 0 or done == cfg.steps):
-            common.save(f"{out_dir}/last.pt", cfg, "stage2", cfg.aux_warmup + done, **parts)
+            common.save(f"{out_dir}/last.pt", cfg, "stage2", done, cfg.steps, **parts)
             common.panel(f"{out_dir}/panel.png", {
                 "LR": vae.decode(z_lr), "student": vae.decode(z_0.detach()), "real score's x0": vae.decode(x_real),
                 "fake score's x0": vae.decode(x_fake), "HR, coded": vae.decode(z_hr)}, verdicts(out_dir))
@@ -298,7 +293,9 @@ def verdicts(out_dir):
     lines = common.read_log(out_dir)[-20:]
     if not lines:
         return []
-    last = {k: sum(line.get(k, 0) for line in lines) / len(lines) for k in chain.from_iterable(lines)}
+    if "pull_gan" in lines[-1]:                                         # in sequence: since the head has led
+        lines = [line for line in lines if "pull_gan" in line]
+    last = {k: sum(line.get(k, 0) for line in lines) / len(lines) for k in lines[-1]}
     words = [f"mean |g| of DMD {last['g_mean']:.2f}: " + ("healthy" if 0.1 < last["g_mean"] < 3 else
              "the fake score equals the real one" if last["g_mean"] <= 0.1 else "spikes; lower lr")]
     if last["skipped"] > 0.05:
@@ -308,7 +305,9 @@ def verdicts(out_dir):
                      "the head has not learnt yet" if last["d"] > 1.95 else "healthy"))
         if "pull_dmd" in last and last["pull_gan"] > last["pull_dmd"]:
             words.append("the GAN pulls harder than DMD: halve w_gan")
-    if lines[-1]["diff"] > 1.5 * min(line["diff"] for line in lines):
+    diffs = [line["diff"] for line in lines]
+    early, late = (sum(x) / max(1, len(x)) for x in (diffs[:len(diffs) // 2], diffs[len(diffs) // 2:]))
+    if len(diffs) >= 10 and late > 1.3 * early:
         words.append("the fake score lags behind the student: raise aux_per_student or lr_fake")
     return words
 

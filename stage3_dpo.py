@@ -56,7 +56,7 @@ class Config:
     beta_mode: str = "constant"     # "constant", or "flow": beta (1 - t)^2, which is 0 at t = 1 [Flow-DPO]
     anchor: float = 1.0             # times beta / (4 alpha), on |x - x_ref|^2; 0: none [ours]
     alpha: float = 0.25             # how far the anchor lets the output move, as a share of winner - loser [ours]
-    own_noise: bool = False         # replay each candidate's own noise: a lesson, the gradient is exactly 0
+    own_noise: bool = False         # replay each candidate's own noise: a lesson, it teaches (nearly) nothing
     log_every: int = 5              # steps between log lines
     save_every: int = 20            # steps between checkpoints and panels
 
@@ -91,7 +91,7 @@ def dpo_loss(inside):
 
 def choose_beta(distance, alpha):
     """beta such that a move of alpha (winner - loser) makes inside about 2: 2 / (alpha median |z_w - z_l|^2)."""
-    return 2 / (alpha * distance.median().item())
+    return 2 / (alpha * distance.median().clamp_min(1e-8).item())
 
 
 def rank_pair(scores):
@@ -175,8 +175,8 @@ def check(cfg):
     for name, values in {"dpo_t": ("one", "uniform"), "beta_mode": ("constant", "flow")}.items():
         if vars(cfg)[name] not in values:
             raise SystemExit(f"{name} {vars(cfg)[name]!r}: one of {', '.join(values)}")
-    if cfg.candidates < 2:
-        raise SystemExit(f"candidates {cfg.candidates}: a pair needs at least 2")
+    if cfg.candidates < 2 or cfg.pairs < 1 or cfg.alpha <= 0:
+        raise SystemExit("candidates: at least 2; pairs: at least 1; alpha: above 0")
 
 
 def main(cfg):
@@ -185,13 +185,12 @@ def main(cfg):
     out_dir = f"{cfg.out}/stage3"
     if rank == 0:
         common.start_run(out_dir, cfg)
-    common.barrier()
     bank, clip = data.training_bank(cfg, rank)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
     # the student and its frozen reference: where it starts
     source = f"{cfg.out}/stage2/last.pt"
-    student, vae, _ = M.load_checkpoint(source, "student", device)
+    student, vae, _ = M.load_checkpoint(source, "student", device, finished=True)
     reference = deepcopy(student)
     student.requires_grad_(True)
     optimiser = torch.optim.AdamW(student.parameters(), lr=cfg.lr, weight_decay=0)
@@ -260,8 +259,7 @@ def main(cfg):
         loss = loss_dpo + lam * drift
         optimiser.zero_grad()
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-        optimiser.step()
+        norm = common.clip_and_step(optimiser, student, 1.0)
 
         # 3) log, save, panel
         done = step + 1
@@ -274,7 +272,7 @@ def main(cfg):
             if rank == 0:
                 common.log(out_dir, bar, done, **values, beta=beta)
         if rank == 0 and (done % cfg.save_every == 0 or done == cfg.steps):
-            common.save(f"{out_dir}/last.pt", cfg, "stage3", done, **parts)
+            common.save(f"{out_dir}/last.pt", cfg, "stage3", done, cfg.steps, **parts)
             with torch.no_grad(), autocast:
                 before, after = (M.one_step(net, eps_w, z_lr) for net in (reference, student))
             common.panel(f"{out_dir}/panel.png", {

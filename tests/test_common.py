@@ -53,13 +53,13 @@ def test_ranks_share_one_draw():
 
 def test_save_is_atomic(tmp_path):
     path = str(tmp_path / "last.pt")
-    common.save(path, Config(), "stage1", 1, x={"a": torch.ones(1)})
+    common.save(path, Config(), "stage1", 1, 2, x={"a": torch.ones(1)})
 
     class Broken:
         def state_dict(self):
             raise RuntimeError("disk full")
     with pytest.raises(RuntimeError):
-        common.save(path, Config(), "stage1", 2, x=Broken())
+        common.save(path, Config(), "stage1", 2, 2, x=Broken())
     assert torch.load(path, weights_only=True)["step"] == 1
 
 

@@ -114,7 +114,7 @@ def test_real_networks(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_clips(tmp_path / "val")
     net, vae = evaluate.M.build("tiny"), evaluate.M.PatchVAE()
-    torch.save({"stage": "stage 3", "config": {"model": "tiny"}, "step": 0, "ema": net.state_dict(),
+    torch.save({"stage": "stage 3", "config": {"model": "tiny"}, "step": 0, "total": 0, "ema": net.state_dict(),
                 "student": net.state_dict(), "vae": vae.state_dict()}, "both.pt")
     evaluate.main(evaluate.Config(out="out", clips="val", frames=FRAMES, max_clips=1, teacher_steps=2,
                                   teacher="both.pt", student="both.pt"))

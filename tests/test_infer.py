@@ -60,7 +60,7 @@ def checkpoint(tmp_path):
     vae = M.PatchVAE()
     vae.fit(torch.nn.functional.interpolate(torch.randn(2, 3, 3, 8, 8), (9, 32, 32), mode="trilinear"))
     net = M.build("tiny")
-    state = {"stage": "stage1", "config": {"model": "tiny"}, "step": 1, "student": net.state_dict(),
+    state = {"stage": "stage1", "config": {"model": "tiny"}, "step": 1, "total": 1, "student": net.state_dict(),
              "vae": vae.state_dict()}
     torch.save(state, tmp_path / "student.pt")
     return str(tmp_path / "student.pt")

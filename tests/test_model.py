@@ -188,11 +188,15 @@ def test_checkpoint_errors_are_one_clear_line(tmp_path):
     with pytest.raises(SystemExit, match="not a checkpoint of this project"):
         M.load_checkpoint(str(tmp_path / "noise.pt"))
     net, vae = M.build("tiny"), M.PatchVAE()
-    good = {"stage": "stage1", "config": {"model": "tiny"}, "step": 3, "student": net.state_dict(),
+    good = {"stage": "stage1", "config": {"model": "tiny"}, "step": 3, "total": 9, "student": net.state_dict(),
             "vae": vae.state_dict()}
     torch.save(good, tmp_path / "good.pt")
     loaded, _, info = M.load_checkpoint(str(tmp_path / "good.pt"))
     assert info["step"] == 3 and torch.equal(loaded.prompts, net.prompts)
+    with pytest.raises(SystemExit, match="unfinished, step 3 of 9"):
+        M.load_checkpoint(str(tmp_path / "good.pt"), finished=True)
+    with pytest.raises(SystemExit, match="without 'step'"):
+        M.load_checkpoint(str(tmp_path / "good.pt"), "step")
     with pytest.raises(SystemExit, match="without 'ema'; it has student"):
         M.load_checkpoint(str(tmp_path / "good.pt"), "ema")
     torch.save(good | {"student": tiny_net().state_dict()}, tmp_path / "other.pt")

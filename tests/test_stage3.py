@@ -1,5 +1,6 @@
 """Stage III against closed forms: the DPO loss, its gradient at t = 1, its anchor."""
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -99,7 +100,9 @@ def test_rank_pair():
     assert stage3.rank_pair(np.array([0.1, 3.0, -2.0, 1.0])) == (1, 2, 5.0)
 
 
-def test_unknown_and_absent_scorers_are_one_line():
+def test_unknown_and_absent_scorers_are_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyiqa", None)
+    monkeypatch.setitem(sys.modules, "dover_scorer", None)
     for name, words in (("vmaf", "proxy, dover"), ("dover", "dover_scorer"), ("pyiqa:musiq", "pip install pyiqa")):
         with pytest.raises(SystemExit, match=words):
             stage3.make_scorer(name)
