@@ -39,7 +39,7 @@ class Config:
     clips: int = 256                # degraded clips kept on disk, from which crops are cut
     resume: bool = False            # continue from the last checkpoint
     seed: int = 0                   # of weights, clips and noise
-    steps: int = 14_000             # optimiser steps
+    steps: int = 5_500              # optimiser steps
     batch: int = 8                  # crops per process
     lr: float = 1e-3                # AdamW learning rate after warm-up [ours]
     warmup: int = 200               # steps from 0 to lr
@@ -49,8 +49,8 @@ class Config:
     negative: float = 0.25          # share of clips with softened target and the negative prompt [SUPIR]
     lr_noise: float = 0.1           # z_lr <- (1 - a) z_lr + a n, a ~ U(0, lr_noise) [SeedVR: 0.25]
     shift: float = 1.0              # time shift of the training times, uniform at 1 [SeedVR: 5 for large videos]
-    vae_steps: int = 1_500          # steps that fit the decoder of the patch code
-    vae_jumps: float = 2.0          # weight of the decoder's second term, against its own grid [ours]
+    vae_steps: int = 900            # steps that fit the decoder of the patch code
+    vae_jumps: float = 10.0         # weight of the decoder's second term, against its own grid [ours]
     vae_noise: float = 0.15         # noise on its latents, up to this standard deviation
     log_every: int = 20             # steps between log lines
     save_every: int = 500           # steps between checkpoints and panels
