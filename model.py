@@ -433,6 +433,13 @@ def load_checkpoint(path, part="student", device="cpu", finished=False):
     return net.to(device).eval().requires_grad_(False), vae.to(device).eval().requires_grad_(False), info
 
 
+def export(source, part, target):
+    """Write one network of a checkpoint, in fp16, and its video code to a small file that load_checkpoint reads."""
+    state = read_checkpoint(source)
+    kept = {k: state[k] for k in ("stage", "config", "step", "total", "vae")}
+    torch.save(kept | {part: {k: x.half() for k, x in state[part].items()}}, target)
+
+
 def teacher_file(cfg):
     """The stage 0 checkpoint of this run; without one, the teacher that ships for the preset tiny."""
     trained = f"{cfg.out}/stage0/last.pt"

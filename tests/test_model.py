@@ -195,6 +195,9 @@ def test_checkpoint_errors_are_one_clear_line(tmp_path):
     assert info["step"] == 3 and torch.equal(loaded.prompts, net.prompts)
     with pytest.raises(SystemExit, match="unfinished, step 3 of 9"):
         M.load_checkpoint(str(tmp_path / "good.pt"), finished=True)
+    M.export(str(tmp_path / "good.pt"), "student", str(tmp_path / "small.pt"))
+    small, _, _ = M.load_checkpoint(str(tmp_path / "small.pt"))
+    assert small.prompts.dtype == torch.float32 and (small.prompts - net.prompts).abs().max() < 2e-3
     with pytest.raises(SystemExit, match="without 'step'"):
         M.load_checkpoint(str(tmp_path / "good.pt"), "step")
     with pytest.raises(SystemExit, match="without 'ema'; it has student"):
