@@ -2,7 +2,7 @@
 
     python infer.py samples/lr/NAME.mp4 out.mp4                 # with the student that ships
     python infer.py in.mp4 out.mkv --ckpt out/tiny/stage2/last.pt
-    python infer.py in.mp4 out.mp4 --ckpt weights/tiny_teacher.pt --part ema --steps 50 --w 1    # the slow teacher
+    python infer.py in.mp4 out.mp4 --ckpt weights/tiny_teacher.pt --part ema --steps 50 --w 2    # the slow teacher
 
 Frames out = frames in, at the same frame rate. The whole clip is held in memory.
 """

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from einops import rearrange
 
 NULL, POSITIVE, NEGATIVE = 0, 1, 2      # prompt ids: no text, high quality, low quality
+AGAINST = NEGATIVE                      # the "null" of guidance, what it moves away from: NULL [paper], NEGATIVE [SeedVR]
 
 MODELS = {                              # learned: prompts are parameters; otherwise they are read from a file
     "tiny":    dict(dim=128, layers=6, heads=4, ffn=512, text_dim=64, prompt_len=4, learned=True),       # 1.79 M
@@ -91,7 +92,7 @@ def sample(net, eps, z_lr, steps, shift=1.0, w=0.0):
     """The multi-step sampler: `steps` Euler steps under the positive prompt, guided where w > 0. Returns z_0."""
     def velocity(z, t):
         v_c = net(z, t, z_lr, prompt(z)).float()                        # guidance subtracts: fp32, never bf16
-        return guide(v_c, net(z, t, z_lr, prompt(z, NULL)).float(), w) if w else v_c
+        return guide(v_c, net(z, t, z_lr, prompt(z, AGAINST)).float(), w) if w else v_c
     return euler(velocity, eps, steps, shift)
 
 

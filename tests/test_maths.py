@@ -88,8 +88,8 @@ def tiny_net(**changes):
     return net
 
 
-def test_sample_guides_with_the_null_prompt():
-    """With w the sampler must call the network twice a step, the second time without text but with z_lr."""
+def test_sample_guides_against_the_other_prompt():
+    """With w the sampler must call the network twice a step, the second time with the other text and the same z_lr."""
     calls = []
 
     def net(z, t, z_lr, text):
@@ -98,7 +98,7 @@ def test_sample_guides_with_the_null_prompt():
     eps, z_lr = torch.randn(2, 1, 4, 1, 2, 2)
     out = M.sample(net, eps, z_lr, steps=4, w=2.0)
     torch.testing.assert_close(out, eps - 2.2)
-    assert [c[0] for c in calls] == [[M.POSITIVE], [M.NULL]] * 4 and all(c[1] is z_lr for c in calls)
+    assert [c[0] for c in calls] == [[M.POSITIVE], [M.AGAINST]] * 4 and all(c[1] is z_lr for c in calls)
 
 
 # ----------------------------------------------------------------------------

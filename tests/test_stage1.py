@@ -9,7 +9,7 @@ from tests.test_maths import exact_velocity
 
 def test_cfg_target_uses_both_prompts():                                                # T14
     def velocity(z, t, text):
-        return torch.full_like(z, {M.POSITIVE: 1.0, M.NULL: 0.4}[text[0].item()])
+        return torch.full_like(z, {M.POSITIVE: 1.0, M.AGAINST: 0.4}[text[0].item()])
     z = torch.randn(2, 4, 1, 2, 2)
     v_cfg, v_c = stage1.cfg_target(velocity, z, torch.rand(2), w=2.0)
     torch.testing.assert_close(v_cfg, torch.full_like(z, 2.2))

@@ -156,7 +156,7 @@ def test_equal_scores_give_no_gradient_and_guidance_does():                     
     v = net(z_t, t, z_lr, M.prompt(z_t))
     x = M.to_x0(z_t, v, t)
     assert stage2.dmd_gradient(z_0, x, x)[0].abs().max() == 0
-    guided = M.guide(v, net(z_t, t, z_lr, M.prompt(z_t, M.NULL)), 1.0)
+    guided = M.guide(v, net(z_t, t, z_lr, M.prompt(z_t, M.AGAINST)), 1.0)
     assert stage2.dmd_gradient(z_0, M.to_x0(z_t, guided, t), x)[0].abs().max() > 1e-3
 
 
