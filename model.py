@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from einops import rearrange
 
 NULL, POSITIVE, NEGATIVE = 0, 1, 2      # prompt ids: no text, high quality, low quality
-AGAINST = NEGATIVE                      # the "null" of guidance, which it leaves behind: NULL [paper], NEGATIVE [SeedVR]
+AGAINST = NEGATIVE                      # the "null" of guidance, what it leaves: NULL [paper], NEGATIVE [SeedVR]
 
 MODELS = {                              # learned: prompts are parameters; otherwise they are read from a file
     "tiny":    dict(dim=128, layers=6, heads=4, ffn=512, text_dim=64, prompt_len=4, learned=True),       # 1.79 M
