@@ -4,8 +4,9 @@ The paper starts from such a model and does not describe its training; this one 
 
     python stage0_teacher.py                                    # tiny, on a CPU
     torchrun --nproc_per_node=8 stage0_teacher.py --preset small
+    python stage0_teacher.py --init weights/tiny_teacher.pt --data FOLDER       # more training, on your own footage
 
-Reads   the videos and photographs under --data.
+Reads   the videos and photographs under --data; the checkpoint --init, if one is named.
 Writes  out/<preset>/stage0/last.pt: net, ema (the teacher that stage I reads), vae, optimiser; vae.pt, run.json,
         log.jsonl, panel.png, loss.png.
 
@@ -37,6 +38,7 @@ class Config:
     out: str = "out/tiny"           # folder of the run; this stage writes <out>/stage0
     data: str = "samples/train"     # folder of videos and photographs
     clips: int = 256                # degraded clips kept on disk, from which crops are cut
+    init: str = ""                  # checkpoint whose ema and video code to start from; "": from scratch
     resume: bool = False            # continue from the last checkpoint
     seed: int = 0                   # of weights, clips and noise
     steps: int = 5_500              # optimiser steps
@@ -149,9 +151,10 @@ def main(cfg):
     bank, clip = data.training_bank(cfg, rank)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
-    # the video code is fitted once, by rank 0, and kept in a file of its own
+    # the video code is fitted (or taken over) once, by rank 0, and kept in a file of its own
     if rank == 0 and not (cfg.resume and os.path.exists(f"{out_dir}/vae.pt")):
-        torch.save(fit_vae(bank, cfg, device).cpu().state_dict(), f"{out_dir}/vae.pt.tmp")
+        fitted = M.load_checkpoint(cfg.init, "ema")[1] if cfg.init else fit_vae(bank, cfg, device).cpu()
+        torch.save(fitted.state_dict(), f"{out_dir}/vae.pt.tmp")
         os.replace(f"{out_dir}/vae.pt.tmp", f"{out_dir}/vae.pt")
     common.barrier()
     vae = M.PatchVAE().to(device).requires_grad_(False)
@@ -160,6 +163,8 @@ def main(cfg):
     # networks, then resume, then DDP: nothing is loaded into a wrapper
     common.reseed(cfg.seed, "weights")
     net = M.build(cfg.model).to(device)
+    if cfg.init:
+        net.load_state_dict(M.load_checkpoint(cfg.init, "ema")[0].state_dict())
     ema = deepcopy(net).requires_grad_(False)
     optimiser = torch.optim.AdamW(net.parameters(), lr=cfg.lr, weight_decay=0.01)
     parts = dict(net=net, ema=ema, vae=vae, optimiser=optimiser)
