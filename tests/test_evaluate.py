@@ -59,7 +59,8 @@ def test_numbers_pages_and_cache(run, tmp_path, capsys):
     assert [result["rows"][r]["calls"] for r in ("bicubic", "teacher50", "teacher1", "stage1")] == [0, 12, 2, 1]
 
     # each row used its own checkpoint, part and steps
-    assert [c[2:] for c in calls] == [(6, 1.0)] * 2 + [(1, 1.0)] * 2 + [(1, 0.0)] * 4
+    w = evaluate.Config().cfg_w
+    assert [c[2:] for c in calls] == [(6, w)] * 2 + [(1, w)] * 2 + [(1, 0.0)] * 4
     assert [c[:2] for c in calls[::2]] == [("out/stage0/last.pt", "ema")] * 2 + [
         ("out/stage1/last.pt", "student"), ("out/stage3/last.pt", "student")]
 
