@@ -39,6 +39,13 @@ def parse_config(Config, presets, argv=None):
     return Config(**(presets[given.pop("preset")] | given))
 
 
+def check_choices(cfg, **choices):
+    """Raise SystemExit with the possible values if a field is none of them."""
+    for name, values in choices.items():
+        if vars(cfg)[name] not in values:
+            raise SystemExit(f"{name} {vars(cfg)[name]!r}: one of {', '.join(values)}")
+
+
 # ----------------------------------------------------------------------------
 # processes, devices, seeds
 
@@ -159,7 +166,8 @@ def start_run(out_dir, cfg):
     with open(f"{out_dir}/run.json", "w") as f:
         json.dump(about, f, indent=2)
     try:
-        step = torch.load(last, map_location="cpu", weights_only=True)["step"] if os.path.exists(last) else 0
+        # mmap: only the step is wanted, not the gigabytes behind it
+        step = torch.load(last, map_location="cpu", weights_only=True, mmap=True)["step"] if os.path.exists(last) else 0
     except Exception as error:
         raise SystemExit(f"{last}: cannot be read ({type(error).__name__}); remove it, or name another --out") from None
     kept = [line for line in read_log(out_dir) if line["step"] <= step]

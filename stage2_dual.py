@@ -132,11 +132,8 @@ def fm_loss(fake, real, norm="mse"):
 
 
 def check(cfg):
-    known = {"order": ("joint", "sequential"), "features": ("both", "real", "fake"), "real_score": ("cfg", "teacher"),
-             "fm_norm": ("mse", "l1")}
-    for name, values in known.items():
-        if vars(cfg)[name] not in values:
-            raise SystemExit(f"{name} {vars(cfg)[name]!r}: one of {', '.join(values)}")
+    common.check_choices(cfg, order=("joint", "sequential"), features=("both", "real", "fake"),
+                         real_score=("cfg", "teacher"), fm_norm=("mse", "l1"))
     if not set(cfg.streams) <= {"dmd", "gan"} or not cfg.streams:
         raise SystemExit(f"streams {cfg.streams}: dmd, gan, or both")
     if cfg.order == "sequential" and set(cfg.streams) != {"dmd", "gan"}:
@@ -217,7 +214,7 @@ def main(cfg):
                 z_0 = M.one_step(student, common.draw(torch.randn, z_lr.shape, rank, world, device), z_lr)
             t, eps = noise(z_0)
             z_t = M.add_noise(z_0, eps, t)
-            v_fake, f_fake = score(fake_ddp, z_t, t, z_lr)                 # one forward for L_Diff and for L_D
+            v_fake, f_fake = score(fake_ddp, z_t, t, z_lr)              # one forward for L_Diff and for L_D
             loss_diff = F.mse_loss(v_fake, eps - z_0)
             loss_d = torch.zeros((), device=device)
             if head_trains:
@@ -226,7 +223,7 @@ def main(cfg):
                 with torch.no_grad():
                     f_real = score(real, z_t, t, z_lr)[1]
                     f_hr = chosen(score(real, z_t_hr, t_hr, z_lr)[1], score(fake, z_t_hr, t_hr, z_lr)[1])
-                f_s = chosen(f_real, [f.detach() for f in f_fake])      # stop-gradient: the head trains, F does not
+                f_s = chosen(f_real, [f.detach() for f in f_fake])      # stop-gradient: only the head trains on it
                 with autocast:
                     logits = head_ddp([torch.cat(pair) for pair in zip(f_hr, f_s, strict=True)])
                 loss_d = hinge_d(*logits.float().chunk(2))
@@ -246,7 +243,7 @@ def main(cfg):
             z_0 = M.one_step(student_ddp, common.draw(torch.randn, z_lr.shape, rank, world, device), z_lr)
         t, eps = noise(z_0)
         z_t = M.add_noise(z_0, eps, t)
-        with torch.set_grad_enabled(gan):                               # DMD alone needs no gradient through real and F
+        with torch.set_grad_enabled(gan):                               # DMD alone needs no gradient through them
             v_real, f_real = score(real, z_t, t, z_lr)
             v_fake, f_fake = score(fake, z_t, t, z_lr)
         losses = {}

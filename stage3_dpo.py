@@ -15,7 +15,6 @@ Differs from the paper: (1) the scorer is an offline proxy unless DOVER or a pyi
 a pair share (dpo_t = "uniform" is the formula as printed); (3) there the loss is linear in the student's output and
 has no minimum, so an anchor to the stage II student is added (anchor = 0 takes it away).
 """
-import hashlib
 import json
 import os
 from copy import deepcopy
@@ -172,9 +171,7 @@ def show_pairs(path, pairs, vae, device):
 
 
 def check(cfg):
-    for name, values in {"dpo_t": ("one", "uniform"), "beta_mode": ("constant", "flow")}.items():
-        if vars(cfg)[name] not in values:
-            raise SystemExit(f"{name} {vars(cfg)[name]!r}: one of {', '.join(values)}")
+    common.check_choices(cfg, dpo_t=("one", "uniform"), beta_mode=("constant", "flow"))
     if cfg.candidates < 2 or cfg.pairs < 1 or cfg.alpha <= 0:
         raise SystemExit("candidates: at least 2; pairs: at least 1; alpha: above 0")
 
@@ -197,9 +194,8 @@ def main(cfg):
     parts = dict(student=student, vae=vae, optimiser=optimiser)
 
     # the pairs, made once by rank 0; a file made from the same student with the same settings is used again
-    settings = [cfg.pairs, cfg.candidates, cfg.scorer, cfg.margin, cfg.seed, cfg.data, cfg.clips]
-    with open(source, "rb") as f:
-        stamp = hashlib.sha256(f.read() + repr(settings).encode()).hexdigest()
+    stamp = repr([data.sha256(source), cfg.pairs, cfg.candidates, cfg.scorer, cfg.margin, cfg.seed, cfg.data,
+                  cfg.clips])
     path = f"{out_dir}/pairs.pt"
     if rank == 0 and not (os.path.exists(path) and torch.load(path, weights_only=True)["stamp"] == stamp):
         pairs, records = make_pairs(reference, vae, bank, clip, cfg, make_scorer(cfg.scorer), device)
