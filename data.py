@@ -230,15 +230,17 @@ class Strength:
     video_prob: tuple = (1.0, 1.0)
     bitrate: tuple = (1e4, 1e5)                                 # bits per frame of 256 x 256
     sinc_prob: float = 0.8                                      # after the final resize
+    sinc_cutoff: float = math.pi / 3                            # its lowest cut-off; pi is none
     usm: bool = False                                           # sharpen the HR first
 
 
 REALBASICVSR = Strength()
 # the same operations in the same order, milder: for small networks that shall see something left to restore [ours]
 LIGHT = Strength(kernel=(7, 11), sigma=((0.2, 1.2), (0.2, 0.8)),
-                 resize_scale=((0.6, 1.2), (0.7, 1.2)), noise_prob=(0.5, 0.5),
+                 resize_scale=((0.8, 1.2), (0.8, 1.2)), noise_prob=(0.5, 0.5),
                  gaussian=((0.0, 6.0), (0.0, 4.0)), poisson=((0.01, 0.3), (0.01, 0.3)),
-                 jpeg_prob=(0.5, 0.5), jpeg=(70, 95), video_prob=(0.5, 0.5), bitrate=(6e4, 6e5))
+                 jpeg_prob=(0.5, 0.5), jpeg=(70, 95), video_prob=(0.5, 0.5), bitrate=(6e4, 6e5),
+                 sinc_cutoff=2 * math.pi / 3)
 STRENGTHS = {"light": LIGHT, "realbasicvsr": REALBASICVSR}
 
 KERNELS = {"iso": 0.405, "aniso": 0.225, "generalized_iso": 0.108, "generalized_aniso": 0.027,
@@ -446,7 +448,7 @@ def degrade(hr, rng, strength):
             x = resize(x, (h // SCALE, w // SCALE), rng.choice(["bilinear", "area", "bicubic"]))
             if rng.random() < s.sinc_prob:
                 k = rng.choice(np.arange(s.kernel[0], s.kernel[1] + 1, 2))
-                x = blur(x, sinc_kernels(int(k), walk(rng, (np.pi / 3, np.pi), 0.0628, n)))
+                x = blur(x, sinc_kernels(int(k), walk(rng, (s.sinc_cutoff, np.pi), 0.0628, n)))
     return to_bytes(x)
 
 

@@ -343,8 +343,8 @@ class PatchVAE(nn.Module):
     """A linear code of 4 x 4 x 4 pixel patches (PCA), decoded by its inverse plus a small convolutional correction.
 
     The first frame is repeated to fill its patch, so F = 4 (T - 1) + 1. The correction sees neighbouring patches:
-    without it the code shows its own 4 px grid. Latents have unit variance over all channels; a channel's standard
-    deviation is the fourth root of its pixels'. `fit` must be called, or weights be loaded, before use.
+    without it the code shows its own 4 px grid. Latents have mean square 1 over all channels; a channel's standard
+    deviation goes with the square root of its pixels'. `fit` must be called, or weights be loaded, before use.
     """
     stride, channels = 4, 16
 
@@ -375,7 +375,7 @@ class PatchVAE(nn.Module):
         variance, vectors = torch.linalg.eigh(torch.cov(x.T))           # ascending
         std = variance[-16:].flip(0).clamp_min(1e-8).sqrt()
         self.basis.copy_(vectors[:, -16:].flip(1))
-        share = std ** 0.25
+        share = std ** 0.5
         self.scale.copy_(std / (share / share.square().mean().sqrt()))  # latent std = share, mean square 1
 
     def encode(self, video):

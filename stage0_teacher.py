@@ -54,6 +54,7 @@ class Config:
     vae_steps: int = 900            # steps that fit the decoder of the patch code
     vae_jumps: float = 10.0         # weight of the decoder's second term, against its own grid [ours]
     vae_noise: float = 0.15         # noise on its latents, up to this standard deviation
+    compile: bool = False           # torch.compile: 1.4 times as fast on a CPU with g++, after a minute or two
     log_every: int = 20             # steps between log lines
     save_every: int = 500           # steps between checkpoints and panels
 
@@ -169,6 +170,8 @@ def main(cfg):
     optimiser = torch.optim.AdamW(net.parameters(), lr=cfg.lr, weight_decay=0.01)
     parts = dict(net=net, ema=ema, vae=vae, optimiser=optimiser)
     start = common.continue_from(f"{out_dir}/last.pt", cfg, parts)
+    if cfg.compile:
+        net.compile()
     ddp = DDP(net) if world > 1 else net
 
     bar = tqdm(range(start, cfg.steps), "stage 0", initial=start, total=cfg.steps, disable=rank > 0, dynamic_ncols=True)
