@@ -158,6 +158,8 @@ def start_run(out_dir, cfg):
     Lines of log.jsonl after the checkpoint belong to steps that will be done again: they are dropped.
     """
     last = f"{out_dir}/last.pt"
+    if min(cfg.log_every, cfg.save_every) < 1:
+        raise SystemExit("log_every and save_every: at least 1")
     if os.path.exists(last) and not cfg.resume:
         raise SystemExit(f"{last} exists: add --resume to continue it, or name another --out")
     os.makedirs(out_dir, exist_ok=True)

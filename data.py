@@ -724,6 +724,15 @@ def encode_pair(vae, hr, lr, window):
     return z_hr[:, :, first:first + window], z_lr[:, :, first:first + window]
 
 
+@torch.no_grad()
+def panel_batch(bank, vae, clip, seed, device):
+    """(z_hr, z_lr, eps) of four crops, the same whenever a run asks: what panels show, so that they can be compared."""
+    torch.manual_seed(seed)
+    hr, lr = (x.to(device) for x in bank.batch(0, 4))
+    z_hr, z_lr = encode_pair(vae, hr, lr, clip["window"])
+    return z_hr, z_lr, torch.randn_like(z_hr)
+
+
 # ---------------------------------------------------------------------------------------------- prepare
 
 

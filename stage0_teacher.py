@@ -207,9 +207,7 @@ def main(cfg):
                 common.log(out_dir, bar, done, loss=loss, grad_norm=norm.item(), lr=learning_rate(step, cfg))
         if rank == 0 and (done % cfg.save_every == 0 or done == cfg.steps):
             common.save(f"{out_dir}/last.pt", cfg, "stage0", done, cfg.steps, **parts)
-            hr, lr = (x.to(device) for x in bank.batch(0, 4))
-            z_0, z_lr = data.encode_pair(vae, hr, lr, clip["window"])
-            eps = torch.randn_like(z_0)
+            z_0, z_lr, eps = data.panel_batch(bank, vae, clip, cfg.seed, device)
             with torch.no_grad(), autocast:
                 few, many = (M.sample(ema, eps, z_lr, steps) for steps in (1, 8))
                 guided = M.sample(ema, eps, z_lr, 8, w=2.0)

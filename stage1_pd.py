@@ -192,9 +192,8 @@ def main(cfg):
         if rank == 0 and (done % cfg.save_every == 0 or ends):
             common.save(f"{out_dir}/last.pt", cfg, "stage1", done, total, **parts)
         if rank == 0 and ends and (phase < 0 or n <= 8):                # longer grids cost more than they tell
-            hr, lr = (x.to(device) for x in bank.batch(0, 4))
-            z_0, z_lr = data.encode_pair(vae, hr, lr, clip["window"])
-            eps, n = torch.randn_like(z_0), 8 if phase < 0 else n
+            z_0, z_lr, eps = data.panel_batch(bank, vae, clip, cfg.seed, device)
+            n = 8 if phase < 0 else n
             with torch.no_grad(), autocast:
                 before = M.sample(teacher, eps, z_lr, 2 * n if phase >= 0 else 8, cfg.shift)
                 after = M.sample(student, eps, z_lr, n, cfg.shift)

@@ -273,14 +273,22 @@ def main(cfg):
         # 3) log, save, panel
         if logs:
             values = dict(diff=loss_diff, d=loss_d, g_mean=g.abs().mean(), skipped=1 - keep.mean(), grad_norm=norm,
-                          std=z_0.std(), std_real=x_real.std(), **losses, **{f"pull_{k}": v for k, v in pull.items()})
+                          std=z_0.std(), std_real=x_real.std(), std_fake=x_fake.std(), **losses,
+                          **{f"pull_{k}": v for k, v in pull.items()})
             values = {k: common.mean(v) for k, v in values.items()}
             if rank == 0:
                 common.log(out_dir, bar, done, **values)
         if rank == 0 and (done % cfg.save_every == 0 or done == cfg.steps):
             common.save(f"{out_dir}/last.pt", cfg, "stage2", done, cfg.steps, **parts)
+            z_hr, z_lr, eps = data.panel_batch(bank, vae, clip, cfg.seed, device)
+            with torch.no_grad():
+                with autocast:
+                    z_0 = M.one_step(average, eps, z_lr)
+                t = torch.full((len(z_0),), 0.5, device=device)
+                z_t = M.add_noise(z_0, torch.randn_like(z_0), t)
+                x_real, x_fake = (M.to_x0(z_t, score(net, z_t, t, z_lr)[0], t) for net in (real, fake))
             common.panel(f"{out_dir}/panel.png", {
-                "LR": vae.decode(z_lr), "student": vae.decode(z_0.detach()), "real score's x0": vae.decode(x_real),
+                "LR": vae.decode(z_lr), "student": vae.decode(z_0), "real score's x0, t = 0.5": vae.decode(x_real),
                 "fake score's x0": vae.decode(x_fake), "HR, coded": vae.decode(z_hr)}, verdicts(out_dir))
     common.cleanup()
 
