@@ -1,8 +1,7 @@
 """
-Video in and out, the degradation that makes low-resolution (LR) clips, and the training clips themselves.
+The degradation that makes low-resolution (LR) clips, and the training clips themselves.
 
 What is here, top to bottom:
-  video files      read_video, read_frames, write_video: FFmpeg through pipes, nothing else
   degradation      degrade(): RealBasicVSR (arXiv 2111.12704), config of ckkelvinchan/RealBasicVSR at b908e083;
                    its blur kernels are those of Real-ESRGAN (arXiv 2107.10833), appendix and code
   clips            Clips: windows of shots, and camera moves over photographs, each with its LR
@@ -11,7 +10,7 @@ What is here, top to bottom:
 
 Everything random follows from (seed, epoch, index), never from a worker, a rank, or the order of calls.
 Shapes: F frames, H x W pixels of HR, h = H/4 and w = W/4 of LR. On disk and in the degradation frames come
-last in colour, (F, H, W, 3) uint8; networks see (B, 3, F, H, W) float32 in [-1, 1].
+last in colour, (F, H, W, 3) uint8 (media.py reads and writes them); networks see (B, 3, F, H, W) float32 in [-1, 1].
 
 Differs from RealBasicVSR: (1) the bitrate of the codec is scaled with the number of pixels, so that big frames
 suffer as much as small ones; (2) the HR is not sharpened unless usm=True, since "real" must be real video;
@@ -23,9 +22,6 @@ import io
 import json
 import math
 import os
-import re
-import subprocess
-import tempfile
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -33,158 +29,17 @@ from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
 
-import imageio_ffmpeg
 import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
 
-VIDEOS = {".mp4", ".mkv", ".mov", ".avi", ".webm", ".m4v"}
-IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+import media
+
 SCALE = 4           # HR is 4 times as wide as LR, as in the paper
 BANK_FORMAT = 1     # raise it when the same settings make other clips: old banks are then not used any more
-
-# ---------------------------------------------------------------------------------------------- video files
-
-
-def ffmpeg(args, stdin=b""):
-    """Standard output of FFmpeg run with `args`; ValueError with the last line of its complaint if it fails."""
-    cmd = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", *map(str, args)]
-    done = subprocess.run(cmd, input=stdin, capture_output=True)
-    if done.returncode:
-        lines = done.stderr.decode(errors="replace").strip().splitlines() or ["no reason given"]
-        raise ValueError(lines[-1])
-    return done.stdout
-
-
-def video_info(path):
-    """dict(width, height, fps, frames) of the first video stream, turned upright; fps is an exact Fraction."""
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
-    stat = path.stat()
-    return dict(_probe(path, stat.st_size, stat.st_mtime_ns))
-
-
-@lru_cache(4096)
-def _probe(path, size, mtime):
-    """video_info, asked once per state of the file: it walks through all packets to count them."""
-    one = ["-map", "0:v:0", "-frames:v", "1", "-pix_fmt", "yuv420p", "-f", "yuv4mpegpipe", "-"]
-    try:
-        # the header of a YUV4MPEG stream states size (after rotation) and frame rate (as a ratio)
-        head = ffmpeg(["-i", path, *one])[:200].split(b"\n")[0].decode()
-        packets = ffmpeg(["-i", path, "-map", "0:v:0", "-c", "copy", "-f", "framecrc", "-"])
-        w, h, num, den = re.search(r" W(\d+) H(\d+) F(\d+):(\d+)", head).groups()
-    except (ValueError, AttributeError) as e:
-        raise ValueError(f"{path}: not readable as a video ({e})") from None
-    frames = sum(line[:1].isdigit() for line in packets.splitlines())
-    return dict(width=int(w), height=int(h), fps=Fraction(int(num), int(den)), frames=frames)
-
-
-def read_video(path, start=0, frames=-1, size=None):
-    """Frames start..start+frames-1 (-1: to the end), uint8 (F, H, W, 3) RGB; size (W, H): shrunk by area.
-
-    The seek is exact for constant frame rate: FFmpeg decodes from the key frame before and drops what is early.
-    """
-    info = video_info(path)
-    w, h = size or (info["width"], info["height"])
-    # half a frame early, so that rounded time stamps never lose the first frame
-    seek = ["-ss", f"{float((start - Fraction(1, 2)) / info['fps']):.6f}"] if start else []
-    count = ["-frames:v", frames] if frames >= 0 else []
-    # matrix and range are those of the file's tags; the flags avoid a rounding bias and nearest-neighbour chroma
-    flags = "+accurate_rnd+full_chroma_int+full_chroma_inp"
-    scale = f"scale={w}:{h}:flags={'area' if size else 'bicubic'}{flags}"
-    try:
-        raw = ffmpeg([*seek, "-i", path, "-map", "0:v:0", "-vf", scale, "-fps_mode", "passthrough", *count,
-                      "-pix_fmt", "rgb24", "-f", "rawvideo", "-"])
-    except ValueError as e:
-        raise ValueError(f"{path}: not readable as a video ({e})") from None
-    if not raw:
-        raise ValueError(f"{path}: no frame at {start}, it has {info['frames']}")
-    return np.frombuffer(raw, np.uint8).reshape(-1, h, w, 3)
-
-
-def read_image(path):
-    """A picture as uint8 (H, W, 3) RGB, turned upright."""
-    try:
-        with Image.open(path) as im:
-            return np.array(ImageOps.exif_transpose(im).convert("RGB"))
-    except Exception as e:                               # PIL raises many types for a broken file
-        raise ValueError(f"{path}: not readable as a picture ({e})") from None
-
-
-def read_frames(path):
-    """(frames uint8 (F, H, W, 3), fps Fraction) of a video, a picture (F = 1), or a folder of pictures, sorted."""
-    path = Path(path)
-    if path.is_dir():
-        files = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGES and p.name[0] != ".")
-        if not files:
-            raise ValueError(f"{path}: no pictures in this folder")
-        pictures = [read_image(p) for p in files]
-        for p, x in zip(files, pictures, strict=True):
-            if x.shape != pictures[0].shape:
-                raise ValueError(f"{p}: {x.shape[1]}x{x.shape[0]} differs from the first picture of its folder")
-        return np.stack(pictures), Fraction(24)
-    if path.suffix.lower() in IMAGES:
-        return read_image(path)[None], Fraction(24)
-    return read_video(path), video_info(path)["fps"]
-
-
-def write_video(path, frames, fps, crf=10):
-    """Write uint8 (F, H, W, 3), or any iterable of frames; .mkv: lossless FFV1 in RGB, else H.264 tagged bt709.
-
-    It gets its name only when it is whole. Untagged video would be read as bt709 by most players and as bt601
-    by others, which moves colours by up to 40 levels.
-    """
-    path = Path(path)
-    frames = iter(frames)
-    first = np.asarray(next(frames, np.zeros(0)))
-    if first.ndim != 3 or first.shape[2] != 3 or first.dtype != np.uint8:
-        raise ValueError(f"{path}: frames are uint8 (H, W, 3), not {first.dtype} {first.shape}")
-    h, w, _ = first.shape
-    fps = Fraction(fps).limit_denominator(100000)
-    if path.suffix.lower() == ".mkv":
-        codec = ["-c:v", "ffv1", "-pix_fmt", "gbrp"]
-    else:
-        bt709 = ("scale=out_color_matrix=bt709:out_range=tv:flags=bicubic+accurate_rnd+full_chroma_int,"
-                 "setparams=range=tv:colorspace=bt709:color_primaries=bt709:color_trc=bt709")
-        pixels = "yuv444p" if h % 2 or w % 2 else "yuv420p"           # 4:2:0 halves both sides
-        codec = ["-vf", bt709, "-c:v", "libx264", "-crf", crf, "-pix_fmt", pixels, "-movflags", "+faststart"]
-    tmp = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}{path.suffix}")
-    cmd = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y", "-f", "rawvideo", "-pix_fmt", "rgb24",
-           "-s", f"{w}x{h}", "-framerate", fps, "-i", "-", *codec, tmp]
-    try:
-        with tempfile.TemporaryFile() as log:             # a file, not a pipe: nobody reads it while we write
-            encoder = subprocess.Popen(list(map(str, cmd)), stdin=subprocess.PIPE, stderr=log)
-            try:
-                for x in _chain(first, frames):
-                    if x.shape != first.shape or x.dtype != np.uint8:
-                        raise ValueError(f"{path}: a frame is {x.dtype} {x.shape}, the first is {first.shape}")
-                    encoder.stdin.write(np.ascontiguousarray(x).data)
-                encoder.stdin.close()
-            except BrokenPipeError:
-                pass                                      # FFmpeg gave up: its own words follow
-            except BaseException:
-                encoder.kill()
-                raise
-            finally:
-                code = encoder.wait()
-            if code:
-                log.seek(0)
-                reason = log.read().decode(errors="replace").strip().splitlines() or ["no reason given"]
-                raise ValueError(f"{path}: not written ({reason[-1]})")
-        os.replace(tmp, path)
-    finally:
-        tmp.unlink(missing_ok=True)
-
-
-def _chain(first, rest):
-    yield first
-    for x in rest:
-        yield np.asarray(x)
-
 
 # ---------------------------------------------------------------------------------------------- tensors
 
@@ -397,8 +252,8 @@ def video_codec(x, codec, bitrate):
     raw, one = ["-f", "rawvideo", "-pix_fmt", "rgb24"], ["-threads", "1"]
     source = [*raw, "-s", f"{frames.shape[2]}x{frames.shape[1]}", "-framerate", "1", "-i", "-"]
     encoder = ["-c:v", codec, "-b:v", max(int(bitrate), 1000), "-pix_fmt", "yuv420p", "-f", "nut", "-"]
-    stream = ffmpeg([*source, *one, *encoder], frames.tobytes())
-    out = ffmpeg([*one, "-f", "nut", "-i", "-", "-fps_mode", "passthrough", *raw, "-"], stream)
+    stream = media.ffmpeg([*source, *one, *encoder], frames.tobytes())
+    out = media.ffmpeg([*one, "-f", "nut", "-i", "-", "-fps_mode", "passthrough", *raw, "-"], stream)
     return from_bytes(np.frombuffer(out, np.uint8).reshape(frames.shape)[:, :h, :w])
 
 
@@ -453,17 +308,6 @@ def degrade(hr, rng, strength):
 
 
 # ---------------------------------------------------------------------------------------------- training clips
-
-
-def find_shots(path, info):
-    """[(start, end)] between hard cuts: frames whose change stands far out from that of the frames around."""
-    small = (64, max(2, 2 * round(32 * info["height"] / info["width"])))
-    gray = read_video(path, size=small).mean(-1)
-    change = np.abs(np.diff(gray, axis=0)).mean((1, 2))
-    around = np.pad(change, 4, mode="reflect" if len(change) > 4 else "edge")
-    usual = np.median(np.lib.stride_tricks.sliding_window_view(around, 9), axis=1)
-    cuts = [int(i) + 1 for i in np.flatnonzero(change > 8 + 2 * usual)]
-    return list(zip([0, *cuts], [*cuts, len(gray)], strict=True))
 
 
 def texture(picture):
@@ -565,9 +409,9 @@ class Clips:
         self.folder, self.frames, self.size, self.seed = Path(folder), frames, size, seed
         self.strength = STRENGTHS.get(strength, strength)
         self.shots, self.photos, self.skipped = [], [], []       # shots: (path, start, end)
-        self.load = lru_cache(32)(read_image)
+        self.load = lru_cache(32)(media.read_image)
         for path in sorted(self.folder.rglob("*")):
-            if path.name.startswith(".") or path.suffix.lower() not in VIDEOS | IMAGES:
+            if path.name.startswith(".") or path.suffix.lower() not in media.VIDEOS | media.IMAGES:
                 continue
             try:
                 self._add(path)
@@ -581,9 +425,9 @@ class Clips:
         self.windows = np.array([end - start - frames + 1 for _, start, end in self.shots])
 
     def _add(self, path):
-        video = path.suffix.lower() in VIDEOS
+        video = path.suffix.lower() in media.VIDEOS
         if video:
-            info = video_info(path)
+            info = media.video_info(path)
             w, h = info["width"], info["height"]
         else:
             h, w, _ = self.load(path).shape                      # decoded whole: a header may promise too much
@@ -592,7 +436,9 @@ class Clips:
         if not video:
             self.photos.append(path)
             return
-        shots = [(path, a, b) for a, b in find_shots(path, info) if b - a >= self.frames]
+        seen = media.survey(path)
+        ends = [*seen["cuts"], seen["frames"]]
+        shots = [(path, a, b) for a, b in zip([0, *ends], ends, strict=False) if b - a >= self.frames]
         if not shots:
             raise ValueError(f"{path}: no shot of {self.frames} frames")
         self.shots += shots
@@ -608,7 +454,7 @@ class Clips:
             return photo_clip([self.load(self.photos[i]) for i in chosen], rng, self.frames, self.size)
         i = rng.choice(len(self.shots), p=self.windows / self.windows.sum())
         path, start, _ = self.shots[i]
-        video = read_video(path, start + int(rng.integers(self.windows[i])), self.frames)
+        video = media.read_video(path, start + int(rng.integers(self.windows[i])), self.frames)
         room = [side - self.size for side in video.shape[1:3]]
         places = [tuple(rng.integers(0, r + 1) for r in room) for _ in range(3)]
         y, x = pick(rng, places, lambda p: texture(video[0, p[0]:p[0] + self.size, p[1]:p[1] + self.size]))
@@ -633,9 +479,9 @@ class Bank:
             raise ValueError(f"crop of {crop} px: take a multiple of {SCALE}, at most the clips' {clips.size}")
         self.n, self.size, self.crop_size, self.seed = n, clips.size, crop, clips.seed
         self.shapes = [(clips.frames, s, s, 3) for s in (clips.size, clips.size // SCALE)]
-        media = sorted({p for p, _, _ in clips.shots} | set(clips.photos))
-        media = [(str(p.relative_to(clips.folder)), p.stat().st_size, p.stat().st_mtime_ns) for p in media]
-        key = json.dumps([BANK_FORMAT, n, clips.seed, epoch, self.shapes, asdict(clips.strength), media])
+        files = sorted({p for p, _, _ in clips.shots} | set(clips.photos))
+        files = [(str(p.relative_to(clips.folder)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+        key = json.dumps([BANK_FORMAT, n, clips.seed, epoch, self.shapes, asdict(clips.strength), files])
         self.path = Path(cache_dir) / f"bank-{hashlib.sha256(key.encode()).hexdigest()[:16]}.bin"
         row = sum(math.prod(s) for s in self.shapes)
         if not self.path.exists():
@@ -752,15 +598,15 @@ def prepare(film, stills, out, listed=Path(__file__).parent / "samples" / "media
     for split in ("train", "val"):
         Path(out, split).mkdir(parents=True, exist_ok=True)
     for shot in tqdm(todo["film"]["shots"], "shots"):
-        frames = read_video(film, shot["start"], shot["end"] - shot["start"], size=todo["film"]["size"])
+        frames = media.read_video(film, shot["start"], shot["end"] - shot["start"], size=todo["film"]["size"])
         path = Path(out, shot["split"], f"bbb_{shot['shot']:03d}.mp4")
-        write_video(path, frames, Fraction(todo["film"]["fps"]), crf=6)
+        media.write_video(path, frames, Fraction(todo["film"]["fps"]), crf=6)
     for still in tqdm(todo["stills"] if stills else [], "photographs"):
         path = Path(stills, still["name"])
         if not path.is_file() or sha256(path) != still["sha256"]:
             print(f"skipped: {path}: missing, or not the listed file")
             continue
-        picture = Image.fromarray(read_image(path))
+        picture = Image.fromarray(media.read_image(path))
         size = [int(side / still["scale"]) for side in picture.size]
         name = Path(out, still["split"], Path(still["name"]).stem + ".jpg")
         picture.resize(size, Image.BOX).save(name, quality=97, subsampling=0)

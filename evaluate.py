@@ -31,6 +31,7 @@ from tqdm import tqdm
 import common
 import data
 import infer
+import media
 import metrics
 import model as M
 import report
@@ -48,7 +49,6 @@ class Config:
     strength: str = "light"         # degradation that makes the input: a name in data.STRENGTHS
     teacher_steps: int = 50         # Euler steps of the multi-step teacher
     cfg_w: float = 2.0              # its guidance weight; costs a second network call per step unless 0
-    tile: int = 24                  # latent rows and columns the network sees at once
     seed: int = 0                   # of the degradation and of the noise
     teacher: str = "weights/tiny_teacher.pt"    # read if <out>/stage0 was not run; "" is none
     student: str = "weights/tiny_student.pt"    # read as stage III if no stage was run; "" is none
@@ -113,14 +113,14 @@ def read_clips(cfg):
     if cfg.strength not in data.STRENGTHS:
         raise SystemExit(f"--strength {cfg.strength}: one of {', '.join(data.STRENGTHS)}")
     folder = Path(cfg.clips)
-    paths = sorted(p for p in folder.glob("*") if p.suffix.lower() in data.VIDEOS and p.name[0] != ".")
+    paths = sorted(p for p in folder.glob("*") if p.suffix.lower() in media.VIDEOS and p.name[0] != ".")
     if not paths:
         raise SystemExit(f"{folder}: no videos in this folder; name one that has some by --clips")
     paths = [paths[i] for i in np.unique(np.linspace(0, len(paths) - 1, cfg.max_clips).round().astype(int))]
     clips = []
     for i, path in enumerate(paths):
         try:
-            hr, fps = data.read_video(path, 0, cfg.frames), data.video_info(path)["fps"]
+            hr, fps = media.read_video(path, 0, cfg.frames), media.video_info(path)["fps"]
         except ValueError as error:
             raise SystemExit(f"{error}; remove it or repair it") from None
         H, W = (side // 16 * 16 for side in hr.shape[1:3])
@@ -151,7 +151,7 @@ def kept(path, stamp):
     if path.exists() and note.exists():
         about = json.loads(note.read_text())
         if about["stamp"] == stamp:
-            return data.read_video(path), about["seconds"]
+            return media.read_video(path), about["seconds"]
     return None
 
 
@@ -159,7 +159,7 @@ def keep(path, stamp, frames, seconds, fps):
     """The stamp goes last and the old one first: a run that is stopped leaves no video with a wrong stamp."""
     note = path.with_suffix(".json")
     note.unlink(missing_ok=True)
-    data.write_video(path, frames, fps)
+    media.write_video(path, frames, fps)
     note.write_text(json.dumps({"seconds": seconds, "stamp": stamp}, indent=2))
 
 
@@ -176,17 +176,17 @@ def outputs(row, source, clips, folder, cfg, device):
     settings = {"row": row, "code": code}                       # everything that the frames depend on
     if source:
         settings |= {k: source[k] for k in ("part", "steps", "w", "sha256")}
-        settings |= {"seed": cfg.seed, "tile": cfg.tile, "device": device.type}
-    networks, results = None, []
+        settings |= {"seed": cfg.seed, "device": device.type}
+    upscaler, results = None, []
     for clip in tqdm(clips, f"{row:10}", leave=False):
         path, stamp = folder / f"{clip['name']}_{row}.mkv", settings | {"lr": sha256(clip["lr"])}
         result = kept(path, stamp)
         if result is None:
-            if source and networks is None:
-                networks = M.load_checkpoint(source["path"], source["part"], device)[:2]
+            if source and upscaler is None:
+                upscaler = infer.load(source["path"], source["part"], device)
             start = time.perf_counter()
-            frames = upscale_bicubic(clip["lr"]) if source is None else infer.upscale(
-                *networks, clip["lr"], steps=source["steps"], w=source["w"], seed=cfg.seed, tile=cfg.tile)
+            frames = upscale_bicubic(clip["lr"]) if source is None else data.to_uint8(
+                upscaler(clip["lr"], steps=source["steps"], w=source["w"], seed=cfg.seed))
             result = frames, time.perf_counter() - start
             keep(path, stamp, *result, clip["fps"])
         results.append(result)
@@ -275,7 +275,7 @@ def main(cfg):
     folder = out / "clips"
     folder.mkdir(parents=True, exist_ok=True)
     for clip in clips:
-        data.write_video(folder / f"{clip['name']}_LR.mkv", clip["lr"], clip["fps"])
+        media.write_video(folder / f"{clip['name']}_LR.mkv", clip["lr"], clip["fps"])
 
     # 1) every row upscales every clip
     made = {}

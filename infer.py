@@ -1,28 +1,49 @@
-"""Upscale a video (or an image, or a folder of frames) four times, in one network step.
+"""Upscale a video, a picture, or a folder of either, in one network step.
 
-    python infer.py samples/lr/NAME.mp4 out.mp4                 # with the student that ships
-    python infer.py in.mp4 out.mkv --ckpt out/tiny/stage2/last.pt
+    python infer.py samples/lr/apple.mp4 out.mp4                # with the student that ships
+    python infer.py in.mov out.mkv --ckpt out/tiny/stage2/last.pt
+    python infer.py frames/ upscaled/ --scale 2                 # numbered pictures are the frames of one clip
     python infer.py in.mp4 out.mp4 --ckpt weights/tiny_teacher.pt --part ema --steps 50 --w 2    # the slow teacher
 
-Frames out = frames in, at the same frame rate. The whole clip is held in memory.
+INPUT    a video, a picture, a folder of videos, of pictures, or of the numbered frames of one clip (24 per second).
+OUTPUT   .mp4 or .mov: H.264, tagged bt709. .mkv: FFV1, lossless. .png: a picture. No ending: a folder, of PNGs or
+         of one output for each file of INPUT.
+
+Frames out = frames in, at the same times, with the sound copied. Memory does not grow with the length: chunks of
+frames overlap and are blended, and none reaches across a cut. OUTPUT appears when it is whole; what an interrupted
+run has finished stays in a hidden folder beside it, for --resume.
 """
 import argparse
+import itertools
 import os
+import re
 import sys
+import zlib
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import partial
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from PIL import Image
 from tqdm import tqdm
 
 import data
+import media
 import model as M
 
 STUDENT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "weights", "tiny_student.pt")
+FPS = Fraction(24)          # of pictures that are the frames of a clip
+
+# ----------------------------------------------------------------------------
+# colour: the network may shift it, the input knows it. content, style: (B, 3, F, H, W)
 
 
 def blur(video, dilation):
-    """One level of the wavelet pyramid: [1, 2, 1] x [1, 2, 1] / 16 with holes. video: (B, 3, F, H, W)."""
+    """One level of the wavelet pyramid: [1, 2, 1] x [1, 2, 1] / 16 with holes."""
     x = rearrange(video, "B c F H W -> (B F) c H W")
     kernel = torch.tensor([1.0, 2.0, 1.0], device=x.device)
     kernel = (kernel[:, None] * kernel / 16).expand(3, 1, 3, 3)
@@ -31,76 +52,272 @@ def blur(video, dilation):
 
 
 def wavelet_color(content, style, levels=5):
-    """The high frequencies of content on the low ones of style (StableSR), in fp32. Both (B, 3, F, H, W)."""
+    """Details of content, low frequencies of style: 5 levels, holes of 1, 2, 4, 8, 16 pixels (StableSR)."""
     low_content, low_style = content.float(), style.float()
     for i in range(levels):
         low_content, low_style = blur(low_content, 2 ** i), blur(low_style, 2 ** i)
     return content - low_content + low_style
 
 
-@torch.no_grad()
-def upscale(net, vae, lr, steps=1, w=0.0, seed=0, tile=24, window=3, color="wavelet", progress=False):
-    """uint8 (F, h, w, 3) -> uint8 (F, 4h, 4w, 3).
+def adain_color(content, style):
+    """content with the mean and standard deviation that each colour of each frame has in style (StableSR)."""
+    (mean, std), (mean_style, std_style) = ((x.mean((3, 4), keepdim=True), x.std((3, 4), keepdim=True) + 1e-5)
+                                            for x in (content.float(), style.float()))
+    return (content - mean) / std * std_style + mean_style
 
-    steps: network steps; 1 for a student, many for a teacher, then w is the guidance weight. The noise depends on seed
-    and size alone. tile, window: latent rows (and columns) and frames of one network call, as in training.
-    color: "wavelet" takes the low frequencies from the input, "none" leaves them as the network made them.
+
+COLORS = {"wavelet": wavelet_color, "adain": adain_color, "none": lambda content, style: content}
+
+# ----------------------------------------------------------------------------
+# one chunk of frames
+
+
+def load(ckpt, part, device, tile=0):
+    """`upscale` with the network and the video code of a checkpoint: a function of the frames and the options.
+
+    tile: pixels of output that the network sees at once; 0: the crop it was trained on.
     """
-    device = next(net.parameters()).device
-    F_in, h, width = lr.shape[:3]
+    net, vae, info = M.load_checkpoint(ckpt, part, device)
+    clip = data.CLIPS[info["config"]["model"]]
+    side = max(2, (tile or clip["crop"]) // (2 * vae.stride) * 2)       # tokens are 2 x 2 latents
+    share = min(4, side // 4 * 2)
+    return partial(upscale, M.tiled(net, (clip["window"], side, side), (1, share, share)), vae, clip["window"], device)
+
+
+def noise(shape, start, seed):
+    """Noise (1, C, T, H, W) of a chunk whose first frame is number `start`: a latent frame's depends on its place in
+    the film and on the seed alone, so chunks that overlap share it."""
+    B, C, T, H, W = shape
+    keys = [zlib.crc32(repr((seed, start + 4 * k)).encode()) for k in range(T)]
+    return torch.stack([torch.randn(B, C, H, W, generator=torch.Generator().manual_seed(k)) for k in keys], dim=2)
+
+
+@torch.no_grad()
+def upscale(velocity, vae, window, device, lr, steps=1, w=0.0, seed=0, start=0, color="wavelet", scale=4):
+    """uint8 (F, h, w, 3) -> float (3, F, scale h, scale w) in [-1, 1], all in memory.
+
+    window: latent frames that the network expects at least. steps: network steps; 1 for a student, many for a teacher,
+    then w is the guidance weight. start: number of the first frame in its film, for the noise. color: a name in
+    COLORS. scale: at most 4.
+    """
+    count, h, width = lr.shape[:3]
     video = data.to_tensor(lr)[None].to(device)                         # (1, 3, F, h, w)
-    frames = max(4 * (window - 1) + 1, -(-(F_in - 1) // 4) * 4 + 1)     # 4 n + 1, at least one window
-    video = torch.cat([video, video[:, :, -1:].expand(-1, -1, frames - F_in, -1, -1)], dim=2)
-    odd = (0, width % 2, 0, h % 2, 0, 0)                                # tokens are 2 x 2 latents: pad to even sides
-    video = F.pad(video, odd, mode="replicate")
+    frames = max(4 * (window - 1) + 1, -(-(count - 1) // 4) * 4 + 1)    # 4 n + 1, at least one window
+    video = torch.cat([video, video[:, :, -1:].expand(-1, -1, frames - count, -1, -1)], dim=2)
+    video = F.pad(video, (0, width % 2, 0, h % 2, 0, 0), mode="replicate")      # tokens are 2 x 2 latents: even sides
     up = data.upsample(video, (4 * video.shape[3], 4 * video.shape[4]))
     z_lr = vae.encode(up)
-    eps = torch.randn(z_lr.shape, generator=torch.Generator().manual_seed(seed)).to(device)
-    velocity = M.tiled(net, (window, tile, tile))
-    bar = tqdm(total=steps * (2 if w else 1), desc="network steps", disable=not progress, dynamic_ncols=True)
-
-    def counted(z, t, z_lr, text):
-        v = velocity(z, t, z_lr, text)
-        bar.update()
-        return v
-    with bar, torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        z = M.sample(counted, eps, z_lr, steps, w=w)
-    out = vae.decode(z)
-    if color == "wavelet":
-        out = wavelet_color(out, up)
-    return data.to_uint8(out[:, :, :F_in, :4 * h, :4 * width])
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        z = M.sample(velocity, noise(z_lr.shape, start, seed).to(device), z_lr, steps, w=w)
+    out = COLORS[color](vae.decode(z), up)[0, :, :count, :4 * h, :4 * width]
+    if scale != 4:
+        out = F.interpolate(out.transpose(0, 1), size=(scale * h, scale * width), mode="bicubic", antialias=True)
+        out = out.transpose(0, 1)
+    return out
 
 
-def main(argv=None):
+# ----------------------------------------------------------------------------
+# a film of any length
+
+
+@dataclass
+class Film:
+    """What is upscaled: frames() yields uint8 (h, w, 3). cuts: frames with which a new shot begins."""
+    frames: callable
+    count: int
+    cuts: list
+    fps: Fraction = FPS
+    aspect: str = "1:1"         # of a pixel
+    times: list = None          # seconds of each frame, if the rate varies
+    begin: float = 0.0          # seconds at which the first frame is shown
+    sound: Path = None          # file with the sound
+
+
+def open_video(path):
+    info, seen = media.video_info(path), media.survey(path)
+    if seen["problem"]:
+        print(f"{path}: damaged ({seen['problem']}); {seen['frames']} frames can be read", file=sys.stderr)
+    times = None if media.steady(seen["times"], info["fps"]) else seen["times"]
+    return Film(lambda: media.stream(path), seen["frames"], seen["cuts"], info["fps"], info["aspect"], times,
+                seen["times"][0], path)
+
+
+def open_pictures(files):
+    """The film of numbered pictures, all of one size. Its cuts are found as FFmpeg's scdet finds them."""
+    cuts, before, last_change, size = [], None, 0.0, media.read_image(files[0]).shape
+    for i, path in enumerate(files):
+        picture = media.read_image(path)
+        if picture.shape != size:
+            raise ValueError(f"{path}: {picture.shape[1]}x{picture.shape[0]} differs from the first picture of its "
+                             f"folder, {size[1]}x{size[0]}")
+        small = np.asarray(Image.fromarray(picture).convert("L").resize((160, 90)), np.float32)
+        change = 0.0 if before is None else np.abs(small - before).mean() / 2.55
+        if min(change, abs(change - last_change)) >= 10:
+            cuts.append(i)
+        before, last_change = small, change
+    return Film(lambda: map(media.read_image, files), len(files), cuts)
+
+
+def chunks(count, cuts, size, overlap):
+    """[(start, end, keep, blend)]: frames start..end-1 are upscaled together, the first `keep` of them are then done;
+    the first `blend` are shared with the chunk before. No chunk reaches across a cut.
+
+    Chunks of a shot begin 4 k frames after it, so that their latent frames cover the same video frames.
+    """
+    parts, ends = [], [*cuts, count]
+    for a, b in zip([0, *cuts], ends, strict=True):
+        step, start, blend = size - 1 - overlap, a, 0
+        while start + size < b:
+            parts.append((start, start + size, step, blend))
+            start, blend = start + step, overlap + 1
+        parts.append((start, b, b - start, blend))
+    return parts
+
+
+def upscale_film(film, unfinished, parts, upscaler, progress):
+    """Upscale what `unfinished` does not have yet. upscaler: (uint8 (F, h, w, 3), start=n) -> float (3, F, H, W)."""
+    missing = [i for i, (start, _, keep, _) in enumerate(parts) if not unfinished.has(start, keep)]
+    first = missing[0] if missing else len(parts)
+    progress.update(sum(keep for _, _, keep, _ in parts[:first]))
+    if first == len(parts):
+        return
+    first -= parts[first][3] > 0                # the end of the one before is blended into it: once more
+    at, have, tail = parts[first][0], [], None                          # have: the frames from number `at` on
+    reader = itertools.islice(film.frames(), at, None)
+    for start, end, keep, blend in parts[first:]:
+        have = have[start - at:]
+        have += itertools.islice(reader, end - start - len(have))
+        at = start
+        if len(have) < end - start:
+            raise ValueError(f"frame {start + len(have)} cannot be read")
+        out = upscaler(np.stack(have), start=start)
+        if blend and tail is not None:
+            weight = torch.arange(blend, device=out.device)[:, None, None] / blend      # the first frame is the old one
+            out[:, :blend] = (1 - weight) * tail + weight * out[:, :blend]
+        tail = out[:, keep:].clone()
+        if not unfinished.has(start, keep):
+            unfinished.write(start, data.to_uint8(out[:, :keep]), film.fps, film.aspect,
+                             film.times and film.times[start:start + keep])
+            progress.update(keep)
+
+
+# ----------------------------------------------------------------------------
+# files in, files out
+
+
+def jobs(source, target):
+    """[(input: file or list of frames, output)] for INPUT and OUTPUT; ValueError if they do not fit."""
+    source, target = Path(source), Path(target)
+    if not source.exists():
+        raise ValueError(f"{source}: no such file or folder")
+    if target.exists() and source.samefile(target):
+        raise ValueError(f"{target}: the output is the input; name another")
+    if target.suffix.lower() not in {".mp4", ".mov", ".mkv", ".png", ""}:
+        raise ValueError(f"{target}: the output ends in .mp4, .mov, .mkv, .png, or in nothing for a folder")
+    if not source.is_dir():
+        picture = source.suffix.lower() in media.IMAGES
+        if target.suffix.lower() == ".png" and not picture:
+            raise ValueError(f"{target}: one picture for a video; name a folder, .mp4 or .mkv")
+        return [(source, target / f"{source.stem}.png" if picture and not target.suffix else target)]
+    files = media.files_in(source, media.VIDEOS | media.IMAGES)
+    if not files:
+        raise ValueError(f"{source}: no videos or pictures in this folder")
+    names = {re.sub(r"\d+", "#", path.name) for path in files}
+    if files[0].suffix.lower() in media.IMAGES and len(names) == 1 and "#" in names.pop():
+        return [(files, target)]
+    if target.suffix:
+        raise ValueError(f"{target}: {source} holds {len(files)} separate files; name a folder")
+    return [(path, target / (path.stem + (".mp4" if path.suffix.lower() in media.VIDEOS else ".png")))
+            for path in files]
+
+
+def run(source, target, upscaler, args, stamp):
+    """One job, from file to file."""
+    if not isinstance(source, list) and source.suffix.lower() in media.IMAGES:
+        picture = media.read_image(source)
+        if target.suffix.lower() == ".png":
+            media.write_image(target, data.to_uint8(upscaler(picture[None]))[0])
+            return f"{target}: {args.scale * picture.shape[1]}x{args.scale * picture.shape[0]}"
+        source = [source]
+    film = open_pictures(source) if isinstance(source, list) else open_video(source)
+    if target.is_dir() and any(target.iterdir()):
+        raise ValueError(f"{target}: a folder that is not empty; name another")
+    files = source if isinstance(source, list) else [source]
+    stamp = repr([[(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in files], *stamp])
+    unfinished = media.Unfinished(target, stamp, args.resume)
+    parts = chunks(film.count, film.cuts, args.chunk, args.overlap)
+    with tqdm(total=film.count, unit="frame", desc=target.name, dynamic_ncols=True) as progress:
+        upscale_film(film, unfinished, parts, upscaler, progress)
+    unfinished.finish(film.fps, film.sound, film.begin, film.times)
+    return f"{target}: {film.count} frames"
+
+
+def arguments(argv):
     cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                   allow_abbrev=False)
     cli.error = lambda message: sys.exit(f"{cli.prog}: {message}; see --help")
-    cli.add_argument("input", help="video, image, or folder of frames")
-    cli.add_argument("output", help="video: .mp4 (H.264) or .mkv (lossless)")
+    cli.add_argument("input"), cli.add_argument("output")
     cli.add_argument("--ckpt", default=STUDENT, help="checkpoint of any stage (default: the student that ships)")
     cli.add_argument("--part", default="student", help='network in it: student, or "ema" (stage 0), "cfg" (stage 1)')
+    cli.add_argument("--scale", type=int, default=4, choices=[2, 3, 4], help="2 and 3: 4, then shrunk (default 4)")
     cli.add_argument("--steps", type=int, default=1, help="network steps (default 1; a teacher needs about 50)")
     cli.add_argument("--w", type=float, default=0.0, help="guidance weight of a multi-step teacher (default 0)")
     cli.add_argument("--seed", type=int, default=0, help="of the noise")
-    cli.add_argument("--color", choices=["wavelet", "none"], default="wavelet", help="low frequencies from the input")
+    cli.add_argument("--tile", type=int, default=0, help="output pixels seen at once (default: as in training)")
+    cli.add_argument("--chunk", type=int, default=17, help="frames in memory at once, 4k + 1 (default 17)")
+    cli.add_argument("--overlap", type=int, default=4, help="frames blended between chunks, 4k (default 4)")
+    cli.add_argument("--color", choices=list(COLORS), default="wavelet", help="what keeps the input's colours")
+    cli.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
+    cli.add_argument("--resume", action="store_true", help="go on with an interrupted run")
     args = cli.parse_args(argv)
-    if os.path.abspath(args.input) == os.path.abspath(args.output):
-        raise SystemExit(f"{args.output}: the output is the input; name another file")
-    if os.path.splitext(args.output)[1] not in (".mp4", ".mkv"):
-        raise SystemExit(f"{args.output}: the output must end in .mp4 or .mkv")
     if args.steps < 1:
         raise SystemExit(f"--steps {args.steps}: at least 1")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    net, vae, info = M.load_checkpoint(args.ckpt, args.part, device)
-    clip = data.CLIPS[info["config"]["model"]]
+    if args.chunk % 4 != 1 or args.chunk < 5:
+        raise SystemExit(f"--chunk {args.chunk}: 4k + 1, such as {max(5, args.chunk // 4 * 4 + 1)}")
+    if args.overlap % 4 or not 0 <= args.overlap <= (args.chunk - 3) // 2:
+        raise SystemExit(f"--overlap {args.overlap}: 4k, and under half of --chunk {args.chunk}")
+    if args.tile and args.tile < 32:
+        raise SystemExit(f"--tile {args.tile}: at least 32")
+    return args
+
+
+def main(argv=None):
+    args = arguments(argv)
     try:
-        lr, fps = data.read_frames(args.input)
-        out = upscale(net, vae, lr, args.steps, args.w, args.seed, clip["crop"] // vae.stride, clip["window"],
-                      args.color, progress=True)
-        data.write_video(args.output, out, fps)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else \
+            torch.device(args.device)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise SystemExit(f"--device {args.device}: not available ({str(error).splitlines()[0]})") from None
+    failed = 0
+    try:
+        todo = jobs(args.input, args.output)
+        upscaler = partial(load(args.ckpt, args.part, device, args.tile), steps=args.steps, w=args.w, seed=args.seed,
+                           color=args.color, scale=args.scale)
+        stamp = [data.sha256(args.ckpt), *(getattr(args, k) for k in (
+            "part", "scale", "steps", "w", "seed", "tile", "chunk", "overlap", "color")), device.type]
+        for source, target in todo:
+            if args.resume and len(todo) > 1 and target.exists():
+                continue
+            try:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                print(run(source, target, upscaler, args, stamp))
+            except ValueError as error:
+                if len(todo) == 1:
+                    raise
+                failed += 1
+                print(error, file=sys.stderr)       # one bad file of a folder does not stop the others
     except (ValueError, OSError) as error:
         raise SystemExit(str(error)) from None
-    print(f"{args.output}: {len(out)} frames of {out.shape[2]}x{out.shape[1]}")
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted; the same command with --resume goes on") from None
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "allocate memory" not in str(error):
+            raise
+        smaller = max(32, (args.tile or 96) // 2)
+        raise SystemExit(f"out of memory: try --tile {smaller} --chunk {max(5, args.chunk // 8 * 4 + 1)}") from None
+    if failed:
+        raise SystemExit(f"{failed} of {len(todo)} files were not upscaled")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,5 @@
 """data.py: video in and out, the degradation step by step, clips, and the bank. Media are made on the spot."""
 import dataclasses
-import subprocess
-from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +8,8 @@ import torch
 from PIL import Image
 
 import data
+import media
 
-NTSC = Fraction(24000, 1001)
 # nothing but the final resize; the codec, noise, JPEG and blurs never happen
 NULL = dataclasses.replace(data.LIGHT, blur_prob=(0, 0), resize_prob=((0, 0, 1), (0, 0, 1)), resize_step=(0, 0),
                            noise_prob=(0, 0), jpeg_prob=(0, 0), video_prob=(0, 0), sinc_prob=0)
@@ -29,11 +27,11 @@ def scene(seed, frames=8, h=64, w=96, speed=2):
 
 
 @pytest.fixture(scope="module")
-def media(tmp_path_factory):
+def folder(tmp_path_factory):
     """A folder with two videos (one has a hard cut at 10) and two photographs, one of them in a subfolder."""
     folder = tmp_path_factory.mktemp("media")
-    data.write_video(folder / "cut.mkv", np.concatenate([scene(1, 10), 255 - scene(2, 12)]), 24)
-    data.write_video(folder / "one.mp4", scene(3, 9), 24)
+    media.write_video(folder / "cut.mkv", np.concatenate([scene(1, 10), 255 - scene(2, 12)]), 24)
+    media.write_video(folder / "one.mp4", scene(3, 9), 24)
     (folder / "more").mkdir()
     for seed, name in (4, "a.png"), (5, "more/b.jpg"):
         Image.fromarray(scene(seed, 1, 120, 160)[0]).save(folder / name)
@@ -42,105 +40,6 @@ def media(tmp_path_factory):
 
 def hr(seed=0, frames=5, size=64):
     return scene(seed, frames, size, size) / np.float32(255)
-
-
-# ---------------------------------------------------------------------------------------------- video files
-
-
-@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
-def test_round_trip(tmp_path, suffix):
-    path = tmp_path / f"x{suffix}"
-    frames = scene(0, 15)
-    data.write_video(path, iter(frames), NTSC)               # any iterable will do
-    back = data.read_video(path)
-    assert data.video_info(path) == dict(width=96, height=64, fps=NTSC, frames=15)
-    assert back.shape == frames.shape and back.dtype == np.uint8
-    assert abs(back.astype(int) - frames).mean() <= (0 if suffix == ".mkv" else 3)
-    for start, count in (0, 2), (1, 1), (7, 3), (14, 1):     # the seek is exact
-        assert np.array_equal(data.read_video(path, start, count), back[start:start + count])
-    assert np.array_equal(data.read_video(path, 9), back[9:])
-    small = data.read_video(path, 3, 1, size=(48, 32))
-    area = back[3:4].reshape(1, 32, 2, 48, 2, 3).mean((2, 4))
-    assert abs(small - area).mean() < 1.5
-    frames_read, fps = data.read_frames(path)
-    assert np.array_equal(frames_read, back) and fps == NTSC
-
-
-@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
-def test_colours(tmp_path, suffix):
-    colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0), (200, 120, 40), (17, 99, 180)]
-    frames = np.stack([np.full((32, 48, 3), c, np.uint8) for c in colours])
-    data.write_video(tmp_path / f"c{suffix}", frames, 24, crf=4)
-    worst = abs(data.read_video(tmp_path / f"c{suffix}").astype(int) - frames).max()
-    assert worst <= (0 if suffix == ".mkv" else 2)           # bt601 read as bt709 would be off by tens
-
-
-def test_tagged_bt709(tmp_path):
-    """Other players must see the same colours: the file says bt709, and its samples are bt709."""
-    data.write_video(tmp_path / "x.mp4", np.full((2, 32, 32, 3), (0, 255, 0), np.uint8), 24, crf=1)
-    raw = data.ffmpeg(["-i", tmp_path / "x.mp4", "-frames:v", "1", "-f", "rawvideo", "-pix_fmt", "yuv420p", "-"])
-    assert abs(raw[0] - 173) <= 1                            # luma of green: 16 + 219 * 0.7152; bt601 gives 145
-    said = subprocess.run([data.imageio_ffmpeg.get_ffmpeg_exe(), "-i", tmp_path / "x.mp4"], capture_output=True).stderr
-    assert b"yuv420p(tv, bt709, progressive" in said         # matrix, primaries and transfer, all three
-
-
-@pytest.mark.parametrize("h, w", [(33, 48), (32, 47), (35, 51)])
-def test_odd_sizes_are_kept(tmp_path, h, w):
-    frames = scene(0, 3, 64, 64)[:, :h, :w]
-    data.write_video(tmp_path / "odd.mp4", frames, 30)
-    back = data.read_video(tmp_path / "odd.mp4")
-    assert back.shape == frames.shape and abs(back.astype(int) - frames).mean() < 3
-
-
-def test_rotation_is_applied(tmp_path):
-    data.write_video(tmp_path / "x.mp4", scene(0, 3), 24)
-    data.ffmpeg(["-display_rotation", "90", "-i", tmp_path / "x.mp4", "-c", "copy", tmp_path / "r.mp4"])
-    info = data.video_info(tmp_path / "r.mp4")
-    assert (info["width"], info["height"]) == (64, 96)
-    turned = np.rot90(data.read_video(tmp_path / "x.mp4"), 1, (1, 2)).astype(int)
-    assert abs(data.read_video(tmp_path / "r.mp4") - turned).mean() < 2
-
-
-def test_nothing_is_left_of_a_failed_write(tmp_path):
-    def broken():
-        yield from scene(0, 100)                             # enough that the encoder has begun to write
-        raise RuntimeError("the network failed")
-    path = tmp_path / "x.mkv"
-    data.write_video(path, scene(1, 2), 24)
-    whole = path.read_bytes()
-    with pytest.raises(RuntimeError, match="the network failed"):
-        data.write_video(path, broken(), 24)
-    with pytest.raises(ValueError, match="the first is"):
-        data.write_video(path, [np.zeros((32, 32, 3), np.uint8), np.zeros((16, 32, 3), np.uint8)], 24)
-    with pytest.raises(ValueError, match="uint8"):
-        data.write_video(path, np.zeros((2, 32, 32, 3), np.float32), 24)
-    with pytest.raises(ValueError, match="not written"):
-        data.write_video(tmp_path / "x.nonsense", scene(1, 2), 24)
-    assert path.read_bytes() == whole and list(tmp_path.iterdir()) == [path]
-
-
-def test_unreadable_is_one_line(tmp_path):
-    (tmp_path / "bad.mp4").write_bytes(b"this is not a video" * 50)
-    (tmp_path / "bad.png").write_bytes(b"this is not a picture")
-    for path in (tmp_path / "bad.mp4", tmp_path / "bad.png", tmp_path / "none.mp4", tmp_path):
-        with pytest.raises(ValueError) as e:
-            data.read_frames(path)
-        assert str(path) in str(e.value) and "\n" not in str(e.value)
-    with pytest.raises(ValueError, match="no frame at 9"):
-        data.write_video(tmp_path / "x.mkv", scene(0, 3), 24)
-        data.read_video(tmp_path / "x.mkv", 9)
-
-
-def test_read_frames_of_pictures(tmp_path):
-    for i, x in enumerate(scene(0, 3)):
-        Image.fromarray(x).save(tmp_path / f"{i}.png")
-    frames, fps = data.read_frames(tmp_path)
-    assert np.array_equal(frames, scene(0, 3)) and fps == 24
-    frames, fps = data.read_frames(tmp_path / "1.png")
-    assert np.array_equal(frames, scene(0, 3)[1:2]) and fps == 24
-
-
-# ---------------------------------------------------------------------------------------------- tensors
 
 
 def test_tensor_round_trip_and_rounding():
@@ -376,8 +275,8 @@ def test_sharpening_is_off_unless_asked():
 # ---------------------------------------------------------------------------------------------- clips
 
 
-def test_clips_are_functions_of_seed_epoch_index(media):
-    a, b = (data.Clips(media, 5, 32, "light", seed=3) for _ in range(2))
+def test_clips_are_functions_of_seed_epoch_index(folder):
+    a, b = (data.Clips(folder, 5, 32, "light", seed=3) for _ in range(2))
     keys = [(0, 0), (0, 1), (1, 0), (0, 7)]
     forth = {k: a.clip(*k) for k in keys}
     back = {k: b.clip(*k) for k in reversed(keys)}
@@ -385,16 +284,16 @@ def test_clips_are_functions_of_seed_epoch_index(media):
         high, low = forth[k]
         assert high.shape == (5, 32, 32, 3) and low.shape == (5, 8, 8, 3) and high.dtype == low.dtype == np.uint8
         assert np.array_equal(high, back[k][0]) and np.array_equal(low, back[k][1])
-    highs = [forth[k][0] for k in keys] + [data.Clips(media, 5, 32, "light", seed=4).clip(0, 0)[0]]
+    highs = [forth[k][0] for k in keys] + [data.Clips(folder, 5, 32, "light", seed=4).clip(0, 0)[0]]
     assert all(not np.array_equal(x, y) for i, x in enumerate(highs) for y in highs[:i])
     assert len(a) == 10 // 5 + 12 // 5 + 9 // 5 + 2
 
 
-def test_windows_do_not_cross_a_cut(media, monkeypatch):
-    clips = data.Clips(media, 5, 32, NULL)
+def test_windows_do_not_cross_a_cut(folder, monkeypatch):
+    clips = data.Clips(folder, 5, 32, NULL)
     assert [(p.name, a, b) for p, a, b in clips.shots] == [("cut.mkv", 0, 10), ("cut.mkv", 10, 22), ("one.mp4", 0, 9)]
-    windows, read = set(), data.read_video
-    monkeypatch.setattr(data, "read_video", lambda p, s, n: windows.add((p.name, s, n)) or read(p, s, n))
+    windows, read = set(), media.read_video
+    monkeypatch.setattr(media, "read_video", lambda p, s, n: windows.add((p.name, s, n)) or read(p, s, n))
     clips.photos = []
     for i in range(60):
         clips.hr(np.random.default_rng(i))
@@ -403,11 +302,11 @@ def test_windows_do_not_cross_a_cut(media, monkeypatch):
     assert len(starts) > 9
 
 
-def test_both_kinds_of_sources_are_drawn(media, monkeypatch):
-    clips = data.Clips(media, 5, 32, NULL)
+def test_both_kinds_of_sources_are_drawn(folder, monkeypatch):
+    clips = data.Clips(folder, 5, 32, NULL)
     drawn = []
     monkeypatch.setattr(data, "photo_clip", lambda *a: drawn.append("photo"))
-    monkeypatch.setattr(data, "read_video", lambda *a: drawn.append("video") or np.zeros((5, 64, 96, 3), np.uint8))
+    monkeypatch.setattr(media, "read_video", lambda *a: drawn.append("video") or np.zeros((5, 64, 96, 3), np.uint8))
     for i in range(400):
         clips.hr(np.random.default_rng(i))
     assert abs(drawn.count("video") / 400 - 0.6) < 0.08
@@ -464,9 +363,9 @@ def test_photographs_turn_and_zoom(monkeypatch):
 
 
 def test_bad_files_are_skipped_with_their_reason(tmp_path, capsys):
-    data.write_video(tmp_path / "good.mkv", scene(0, 6), 24)
-    data.write_video(tmp_path / "small.mkv", scene(0, 6, 24, 96), 24)
-    data.write_video(tmp_path / "short.mkv", scene(0, 3), 24)
+    media.write_video(tmp_path / "good.mkv", scene(0, 6), 24)
+    media.write_video(tmp_path / "small.mkv", scene(0, 6, 24, 96), 24)
+    media.write_video(tmp_path / "short.mkv", scene(0, 3), 24)
     (tmp_path / "broken.mp4").write_bytes(b"no video at all" * 100)
     (tmp_path / "broken.png").write_bytes(b"no picture at all")
     Image.fromarray(scene(0, 1, 200, 200)[0]).save(tmp_path / "cut_off.jpg")
@@ -494,12 +393,12 @@ def test_an_empty_folder_is_an_error(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def bank(media, tmp_path_factory):
-    return data.Bank(data.Clips(media, 5, 48, NULL), 6, tmp_path_factory.mktemp("bank"), 32, progress=False)
+def bank(folder, tmp_path_factory):
+    return data.Bank(data.Clips(folder, 5, 48, NULL), 6, tmp_path_factory.mktemp("bank"), 32, progress=False)
 
 
-def test_bank_holds_the_clips(media, bank):
-    clips = data.Clips(media, 5, 48, NULL)
+def test_bank_holds_the_clips(folder, bank):
+    clips = data.Clips(folder, 5, 48, NULL)
     for i in (0, 5):
         assert np.array_equal(bank.rows[i], np.concatenate([x.ravel() for x in clips.clip(0, i)]))
     assert len(bank) == 6
@@ -545,16 +444,16 @@ def test_batches_do_not_depend_on_ranks(bank):
     assert torch.equal(high[2], data.to_tensor(bank.crop(1, 0)[0])) and high.min() >= -1 and high.max() <= 1
 
 
-def test_bank_is_made_once_and_for_these_settings(media, tmp_path, monkeypatch):
-    clips = data.Clips(media, 5, 32, NULL)
+def test_bank_is_made_once_and_for_these_settings(folder, tmp_path, monkeypatch):
+    clips = data.Clips(folder, 5, 32, NULL)
     first = data.Bank(clips, 2, tmp_path, 32, progress=False)
     monkeypatch.setattr(data.Clips, "clip", lambda *a: pytest.fail("made again"))
     assert data.Bank(clips, 2, tmp_path, 16, progress=False).path == first.path                # the crop is cut later
     monkeypatch.undo()
     others = [data.Bank(clips, 3, tmp_path, 32, progress=False),
               data.Bank(clips, 2, tmp_path, 32, epoch=1, progress=False),
-              data.Bank(data.Clips(media, 5, 32, NULL, seed=1), 2, tmp_path, 32, progress=False),
-              data.Bank(data.Clips(media, 5, 32, dataclasses.replace(NULL, sinc_prob=1)), 2, tmp_path, 32,
+              data.Bank(data.Clips(folder, 5, 32, NULL, seed=1), 2, tmp_path, 32, progress=False),
+              data.Bank(data.Clips(folder, 5, 32, dataclasses.replace(NULL, sinc_prob=1)), 2, tmp_path, 32,
                         progress=False)]
     assert len({b.path for b in [first, *others]}) == 5
     monkeypatch.setattr(data.Clips, "clip", lambda *a: 1 / 0)
@@ -568,7 +467,7 @@ def test_bank_is_made_once_and_for_these_settings(media, tmp_path, monkeypatch):
 
 def test_prepare_cuts_only_what_is_listed(tmp_path):
     film = scene(0, 12, 64, 96)
-    data.write_video(tmp_path / "film.mkv", film, 24)
+    media.write_video(tmp_path / "film.mkv", film, 24)
     Image.fromarray(scene(1, 1, 60, 90)[0]).save(tmp_path / "p.png")
     listed = tmp_path / "list.json"
     todo = dict(film=dict(sha256=data.sha256(tmp_path / "film.mkv"), size=[48, 32], fps="24", shots=[
@@ -578,10 +477,10 @@ def test_prepare_cuts_only_what_is_listed(tmp_path):
     data.prepare(tmp_path / "film.mkv", tmp_path, tmp_path / "out", listed)
     files = sorted(str(p.relative_to(tmp_path / "out")) for p in Path(tmp_path, "out").rglob("*.*"))
     assert files == ["train/bbb_001.mp4", "train/p.jpg", "val/bbb_007.mp4"]
-    val = data.read_video(tmp_path / "out/val/bbb_007.mp4")
+    val = media.read_video(tmp_path / "out/val/bbb_007.mp4")
     assert val.shape == (4, 32, 48, 3)
     assert abs(val - film[8:].reshape(4, 32, 2, 48, 2, 3).mean((2, 4))).mean() < 3
-    assert data.read_image(tmp_path / "out/train/p.jpg").shape == (40, 60, 3)
+    assert media.read_image(tmp_path / "out/train/p.jpg").shape == (40, 60, 3)
     todo["film"]["sha256"] = "0" * 64
     listed.write_text(data.json.dumps(todo))
     with pytest.raises(SystemExit, match="sha256"):

@@ -8,6 +8,7 @@ import torch
 
 import data
 import evaluate
+import media
 import metrics
 from tests.test_metrics import texture
 
@@ -18,7 +19,7 @@ def write_clips(folder):
     folder.mkdir()
     for i, name in enumerate(("a", "b")):
         wide = texture(i, 70, 90)                               # 70 rows: six are cut off
-        data.write_video(folder / f"{name}.mkv", np.stack([wide[:, t:t + SIZE] for t in range(FRAMES)]), 24)
+        media.write_video(folder / f"{name}.mkv", np.stack([wide[:, t:t + SIZE] for t in range(FRAMES)]), 24)
 
 
 @pytest.fixture
@@ -32,14 +33,13 @@ def run(tmp_path, monkeypatch):
     calls = []
 
     def load(path, part, device):
-        return (str(path), part), "vae", {}
+        def upscaler(lr, steps=1, w=0.0, seed=0):
+            calls.append((str(path), part, steps, w))
+            frames = np.clip(evaluate.upscale_bicubic(lr).astype(int) + steps, 0, 255).astype(np.uint8)
+            return data.to_tensor(frames)
+        return upscaler
 
-    def upscale(net, vae, lr, steps=1, w=0.0, seed=0, tile=24):
-        calls.append((*net, steps, w))
-        return np.clip(evaluate.upscale_bicubic(lr).astype(int) + steps, 0, 255).astype(np.uint8)
-
-    monkeypatch.setattr(evaluate.M, "load_checkpoint", load)
-    monkeypatch.setattr(evaluate.infer, "upscale", upscale)
+    monkeypatch.setattr(evaluate.infer, "load", load)
     cfg = evaluate.Config(out="out", clips="val", frames=FRAMES, teacher_steps=6, teacher="", student="")
     return cfg, calls
 
@@ -66,7 +66,7 @@ def test_numbers_pages_and_cache(run, tmp_path, capsys):
 
     # the numbers belong to the names they stand under
     for i, name in enumerate("ab"):
-        hr = data.read_video(tmp_path / f"val/{name}.mkv")[:, :64]
+        hr = media.read_video(tmp_path / f"val/{name}.mkv")[:, :64]
         lr = data.degrade(hr / np.float32(255), np.random.default_rng([0, i]), data.LIGHT)
         got = result["per_clip"][name]["teacher50"]
         out = np.clip(evaluate.upscale_bicubic(lr).astype(int) + 6, 0, 255).astype(np.uint8)
@@ -121,7 +121,7 @@ def test_real_networks(tmp_path, monkeypatch):
                                   teacher="both.pt", student="both.pt"))
     rows = json.loads((tmp_path / "out/report/metrics.json").read_text())["rows"]
     assert all(rows[row]["psnr"] > 0 for row in ("teacher50", "teacher1", "stage3")) and "reason" in rows["stage1"]
-    kept = data.read_video(tmp_path / "out/report/clips/a_stage3.mkv")
+    kept = media.read_video(tmp_path / "out/report/clips/a_stage3.mkv")
     assert kept.shape == (FRAMES, 64, 64, 3)
 
 

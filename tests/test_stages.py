@@ -13,6 +13,7 @@ import torch
 
 import common
 import data
+import media
 import model as M
 import stage0_teacher as stage0
 import stage1_pd as stage1
@@ -24,9 +25,9 @@ SMALL_MODEL = dict(dim=32, layers=3, heads=2, ffn=64, text_dim=8, prompt_len=2, 
 SMALL_CLIP = dict(frames=9, size=48, crop=32, window=2, strength="light")
 
 
-def constants(out, media):
+def constants(out, footage):
     """The fields that make every stage take a second."""
-    scale = dict(out=str(out), data=str(media), clips=3, batch=2, log_every=1, save_every=2)
+    scale = dict(out=str(out), data=str(footage), clips=3, batch=2, log_every=1, save_every=2)
     return {stage0: stage0.Config(**scale, steps=4, warmup=2, vae_steps=3),
             stage1: stage1.Config(**scale, cfg_steps=2, steps_per_phase=2, pd_grid=(4, 2, 1)),
             stage2: stage2.Config(**scale, steps=4, aux_warmup=2),
@@ -38,13 +39,13 @@ def shrink():
 
 
 @pytest.fixture(scope="module")
-def media(tmp_path_factory):
+def footage(tmp_path_factory):
     """A video of textured rectangles that move, 24 frames of 64 x 64."""
     folder = tmp_path_factory.mktemp("media")
     rng = np.random.default_rng(0)
     world = np.kron(rng.integers(0, 256, (30, 30, 3)), np.ones((4, 4, 1))).astype(np.uint8)
     frames = np.stack([world[i:i + 64, 2 * i:2 * i + 64] for i in range(24)])
-    data.write_video(str(folder / "clip.mkv"), frames, data.Fraction(24))
+    media.write_video(folder / "clip.mkv", frames, 24)
     return folder
 
 
@@ -56,11 +57,11 @@ def small(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def chain(tmp_path_factory, media):
+def chain(tmp_path_factory, footage):
     """All stages run once, one after the other; their configs."""
     kept = M.MODELS["tiny"], data.CLIPS["tiny"]
     shrink()
-    configs = constants(tmp_path_factory.mktemp("run") / "tiny", media)
+    configs = constants(tmp_path_factory.mktemp("run") / "tiny", footage)
     for stage, cfg in configs.items():
         stage.main(cfg)
     M.MODELS["tiny"], data.CLIPS["tiny"] = kept
@@ -405,7 +406,7 @@ import sys; sys.path.insert(0, {root!r})
 import torch; torch.set_num_threads(1)
 from tests.test_stages import *
 shrink()
-configs = constants({out!r}, {media!r})
+configs = constants({out!r}, {footage!r})
 end, common.cleanup = common.cleanup, lambda: None              # a group cannot be made twice in one process
 for stage, cfg in configs.items():
     cfg.batch, cfg.resume = {batch}, {resume}
@@ -414,8 +415,8 @@ end()
 """
 
 
-def start(tmp_path, media, name, batch=2, resume=False, processes=1):
-    code = CHILD.format(root=ROOT, out=str(tmp_path / name / "tiny"), media=str(media), batch=batch, resume=resume)
+def start(tmp_path, footage, name, batch=2, resume=False, processes=1):
+    code = CHILD.format(root=ROOT, out=str(tmp_path / name / "tiny"), footage=str(footage), batch=batch, resume=resume)
     (tmp_path / f"{name}.py").write_text(code)
     head = [sys.executable]
     if processes > 1:
@@ -424,12 +425,12 @@ def start(tmp_path, media, name, batch=2, resume=False, processes=1):
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one_with_the_doubled_batch(tmp_path, media):
-    two = start(tmp_path, media, "two", batch=1, processes=2)
+def test_two_processes_train_as_one_with_the_doubled_batch(tmp_path, footage):
+    two = start(tmp_path, footage, "two", batch=1, processes=2)
     err = two.communicate()[1]
     assert two.returncode == 0, err[-3000:]
     shrink()
-    for stage, cfg in constants(tmp_path / "one" / "tiny", media).items():
+    for stage, cfg in constants(tmp_path / "one" / "tiny", footage).items():
         stage.main(cfg)
     for k in range(4):
         folders = [tmp_path / name / "tiny" / f"stage{k}" for name in ("one", "two")]
@@ -451,15 +452,15 @@ def test_two_processes_train_as_one_with_the_doubled_batch(tmp_path, media):
 
 
 @pytest.mark.slow
-def test_killed_at_a_random_moment_and_resumed_is_bit_equal(chain, tmp_path, media):
+def test_killed_at_a_random_moment_and_resumed_is_bit_equal(chain, tmp_path, footage):
     """SIGKILL, three times, wherever the run happens to be; --resume each time; the end is the unbroken run's."""
     rng = np.random.default_rng()
     for _ in range(3):
-        child = start(tmp_path, media, "killed", resume=True)
+        child = start(tmp_path, footage, "killed", resume=True)
         time.sleep(rng.uniform(4, 9))
         child.send_signal(signal.SIGKILL)
         child.wait()
-    child = start(tmp_path, media, "killed", resume=True)
+    child = start(tmp_path, footage, "killed", resume=True)
     err = child.communicate()[1]
     assert child.returncode == 0, err[-3000:]
     for k, cfg in enumerate(chain.values()):

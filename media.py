@@ -1,0 +1,315 @@
+"""
+Video files and pictures, in and out: FFmpeg through pipes, nothing else.
+
+Reading   video_info, survey, stream, read_video, read_image, pictures_in
+Writing   write_video for a clip in memory; Unfinished for an output that is made piece by piece
+
+Frames are uint8 (F, H, W, 3) RGB, upright. Rates are exact Fractions. What cannot be read or written is a ValueError
+of one line that starts with the file's name.
+"""
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+import uuid
+from fractions import Fraction
+from functools import lru_cache
+from itertools import chain
+from pathlib import Path
+
+import imageio_ffmpeg
+import numpy as np
+from PIL import Image, ImageOps
+
+VIDEOS = {".mp4", ".mkv", ".mov", ".avi", ".webm", ".m4v"}
+IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+
+# ----------------------------------------------------------------------------
+# reading
+
+
+def ffmpeg(args, stdin=b"", problems=None):
+    """Standard output of FFmpeg run with `args`; ValueError with the last line of its complaint if it fails.
+
+    problems: a list that takes the complaints of a run that ended well all the same.
+    """
+    cmd = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", *map(str, args)]
+    done = subprocess.run(cmd, input=stdin, capture_output=True)
+    lines = done.stderr.decode(errors="replace").strip().splitlines()
+    if done.returncode:
+        raise ValueError((lines or ["no reason given"])[-1])
+    if problems is not None:
+        problems += lines
+    return done.stdout
+
+
+def once_per_file(function):
+    """Call function(path) once per state of the file; ValueError if there is no file."""
+    @lru_cache(4096)
+    def cached(path, size, mtime):
+        return function(path)
+
+    def wrapped(path):
+        path = Path(path)
+        if not path.is_file():
+            raise ValueError(f"{path}: no such file")
+        return dict(cached(path, path.stat().st_size, path.stat().st_mtime_ns))
+    wrapped.__doc__ = function.__doc__
+    return wrapped
+
+
+@once_per_file
+def video_info(path):
+    """dict(width, height, fps, aspect) of the first video stream, turned upright; aspect "1:1" is square pixels."""
+    one = ["-map", "0:v:0", "-frames:v", "1", "-pix_fmt", "yuv420p", "-f", "yuv4mpegpipe", "-"]
+    try:
+        # the header of a YUV4MPEG stream states size (after rotation), frame rate and aspect as ratios
+        head = ffmpeg(["-i", path, *one])[:200].split(b"\n")[0].decode()
+        w, h, num, den = re.search(r" W(\d+) H(\d+) F(\d+):(\d+)", head).groups()
+    except (ValueError, AttributeError) as e:
+        raise ValueError(f"{path}: not readable as a video ({e})") from None
+    aspect = re.search(r" A([1-9]\d*:[1-9]\d*)", head)
+    return dict(width=int(w), height=int(h), fps=Fraction(int(num), int(den)), aspect=aspect[1] if aspect else "1:1")
+
+
+@once_per_file
+def survey(path):
+    """Decode a video once, small: dict(frames, cuts, times, problem).
+
+    frames: how many can be read. cuts: the frames with which a new shot begins (FFmpeg's scdet, threshold 10 %).
+    times: seconds at which frames are shown, one per frame. problem: what the decoder complained about, or "".
+    """
+    problems = []
+    try:
+        text = ffmpeg(["-i", path, "-map", "0:v:0", "-vf", "scale=160:-2,scdet=threshold=10,metadata=print:file=-",
+                       "-fps_mode", "passthrough", "-f", "null", "-"], problems=problems).decode()
+    except ValueError as e:
+        raise ValueError(f"{path}: not readable as a video ({e})") from None
+    times, cuts = [], []
+    for line in text.splitlines():
+        if line.startswith("frame:"):
+            times.append(float(line.rsplit("pts_time:", 1)[1]))
+        elif line.startswith("lavfi.scd.time"):                 # printed for cuts alone
+            cuts.append(len(times) - 1)
+    if not times:
+        raise ValueError(f"{path}: not readable as a video ({(problems or ['no frames'])[-1]})")
+    return dict(frames=len(times), cuts=cuts, times=times, problem=problems[-1] if problems else "")
+
+
+def steady(times, fps):
+    """Whether frames are shown at a constant rate: none is off by more than a quarter of a frame."""
+    n = np.arange(len(times))
+    return bool(np.abs(np.array(times) - times[0] - n / float(fps)).max() < 0.25 / float(fps))
+
+
+def stream(path, start=0, size=None):
+    """The frames of a video from `start` on, one uint8 (H, W, 3) after the other; size (W, H): shrunk by area.
+
+    The seek is exact for a constant frame rate: FFmpeg decodes from the key frame before and drops what is early.
+    """
+    info = video_info(path)
+    w, h = size or (info["width"], info["height"])
+    # half a frame early, so that rounded time stamps never lose the first frame
+    seek = ["-ss", f"{float((start - Fraction(1, 2)) / info['fps']):.6f}"] if start else []
+    # matrix and range are those of the file's tags; the flags avoid a rounding bias and nearest-neighbour chroma
+    flags = f"{'area' if size else 'bicubic'}+accurate_rnd+full_chroma_int+full_chroma_inp"
+    cmd = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", *seek, "-i", path, "-map", "0:v:0",
+           "-vf", f"scale={w}:{h}:flags={flags}", "-fps_mode", "passthrough",
+           "-pix_fmt", "rgb24", "-f", "rawvideo", "-"]
+    # its complaints were heard by video_info, and by survey
+    with subprocess.Popen(list(map(str, cmd)), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as decoder:
+        try:
+            while len(raw := decoder.stdout.read(3 * w * h)) == 3 * w * h:
+                yield np.frombuffer(raw, np.uint8).reshape(h, w, 3)
+        finally:
+            decoder.kill()
+
+
+def read_video(path, start=0, frames=None, size=None):
+    """Frames start..start+frames-1 (None: to the end), uint8 (F, H, W, 3) RGB; size (W, H): shrunk by area."""
+    found = []
+    for frame in stream(path, start, size):
+        found.append(frame)
+        if len(found) == frames:
+            break
+    if not found:
+        raise ValueError(f"{path}: no frame at {start}")
+    return np.stack(found)
+
+
+def read_image(path):
+    """A picture as uint8 (H, W, 3) RGB, turned upright."""
+    try:
+        with Image.open(path) as im:
+            return np.array(ImageOps.exif_transpose(im).convert("RGB"))
+    except Exception as e:                               # PIL raises many types for a broken file
+        raise ValueError(f"{path}: not readable as a picture ({e})") from None
+
+
+def files_in(folder, suffixes):
+    """The files of a folder that end so, hidden ones left out, sorted with numbers in their order (2 before 10)."""
+    def natural(path):
+        return [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", path.name)]
+    return sorted((p for p in Path(folder).iterdir() if p.suffix.lower() in suffixes and p.name[0] != "."), key=natural)
+
+
+# ----------------------------------------------------------------------------
+# writing
+
+
+def encode(path, frames, fps, crf=10, aspect="1:1", times=None):
+    """Write frames, any iterable of uint8 (H, W, 3), to path; .mkv: lossless FFV1 in RGB, else H.264 tagged bt709.
+
+    Untagged video would be read as bt709 by most players and as bt601 by others, which moves colours by up to 40
+    levels. times: seconds of each frame, for a rate that varies. There are no B-frames, so that a frame's time is
+    its place in the file.
+    """
+    frames = iter(frames)
+    first = np.asarray(next(frames, np.zeros(0)))
+    if first.ndim != 3 or first.shape[2] != 3 or first.dtype != np.uint8:
+        raise ValueError(f"{path}: frames are uint8 (H, W, 3), not {first.dtype} {first.shape}")
+    h, w, _ = first.shape
+    filters = [f"setsar={aspect.replace(':', '/')}"]
+    if times is not None:                                 # if N < 1: time 0, else if N < 2: time 1, else ...
+        ticks = "".join(f"if(lt(N,{i + 1}),{round(90000 * t)}," for i, t in enumerate(times))
+        filters += ["settb=1/90000", f"setpts='{ticks}0{')' * len(times)}'"]
+    if Path(path).suffix.lower() == ".mkv":
+        codec = ["-c:v", "ffv1", "-pix_fmt", "gbrp"]
+    else:
+        filters += ["scale=out_color_matrix=bt709:out_range=tv:flags=bicubic+accurate_rnd+full_chroma_int",
+                    "setparams=range=tv:colorspace=bt709:color_primaries=bt709:color_trc=bt709"]
+        pixels = "yuv444p" if h % 2 or w % 2 else "yuv420p"           # 4:2:0 halves both sides
+        codec = ["-c:v", "libx264", "-crf", crf, "-bf", "0", "-pix_fmt", pixels]
+    cmd = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y", "-f", "rawvideo", "-pix_fmt", "rgb24",
+           "-s", f"{w}x{h}", "-framerate", fps, "-i", "-", "-vf", ",".join(filters), *codec,
+           *(["-fps_mode", "passthrough"] if times is not None else []), "-movflags", "+faststart", path]
+    with tempfile.TemporaryFile() as log:                 # a file, not a pipe: nobody reads it while we write
+        encoder = subprocess.Popen(list(map(str, cmd)), stdin=subprocess.PIPE, stderr=log)
+        try:
+            for x in chain([first], map(np.asarray, frames)):
+                if x.shape != first.shape or x.dtype != np.uint8:
+                    raise ValueError(f"{path}: a frame is {x.dtype} {x.shape}, the first is {first.shape}")
+                encoder.stdin.write(np.ascontiguousarray(x).data)
+            encoder.stdin.close()
+        except BrokenPipeError:
+            pass                                          # FFmpeg gave up: its own words follow
+        except BaseException:
+            encoder.kill()
+            raise
+        finally:
+            code = encoder.wait()
+        if code:
+            log.seek(0)
+            reason = log.read().decode(errors="replace").strip().splitlines() or ["no reason given"]
+            raise ValueError(f"{path}: not written ({reason[-1]})")
+
+
+def beside(path):
+    """A name in the same folder that nobody uses; to be renamed to path when the file is whole."""
+    path = Path(path)
+    return path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}{path.suffix}")
+
+
+def write_video(path, frames, fps, crf=10):
+    """encode() frames to path, which appears only when it is whole."""
+    tmp = beside(path)
+    try:
+        encode(tmp, frames, Fraction(fps).limit_denominator(100000), crf)
+        os.replace(tmp, path)
+    except ValueError as e:
+        raise ValueError(str(e).replace(str(tmp), str(path))) from None
+    finally:
+        tmp.unlink(missing_ok=True)
+
+
+def write_image(path, frame):
+    """Write uint8 (H, W, 3) to path, which appears only when it is whole."""
+    tmp = beside(path)
+    try:
+        Image.fromarray(frame).save(tmp)
+        os.replace(tmp, path)
+    except (OSError, ValueError) as e:
+        raise ValueError(f"{path}: not written ({e})") from None
+    finally:
+        tmp.unlink(missing_ok=True)
+
+
+class Unfinished:
+    """An output made piece by piece: a hidden folder beside it, which becomes the output when all pieces are there.
+
+    target: .mp4, .mov, .m4v (H.264), .mkv (FFV1), or a folder that takes PNGs. stamp: text that says how the pieces
+    are made. resume: go on with the pieces of an interrupted run, if its stamp is the same; without it there must be
+    none. A piece is a run of frames, named by the first; `has` tells whether it is there.
+    """
+
+    def __init__(self, target, stamp, resume):
+        self.target, self.video = Path(target), Path(target).suffix != ""
+        self.folder = self.target.with_name(f".{self.target.name}.unfinished")
+        note = self.folder / "stamp.txt"
+        if self.folder.exists():
+            if not resume:
+                raise ValueError(f"{target}: an interrupted run left {self.folder}; add --resume, or remove it")
+            if note.exists() and note.read_text() != stamp:
+                raise ValueError(f"{self.folder}: made with another input, checkpoint or setting; remove that folder")
+        try:
+            self.folder.mkdir(exist_ok=True)
+            note.write_text(stamp)
+        except OSError as e:
+            raise ValueError(f"{target}: not writable ({e.strerror}); name another output") from None
+
+    def _files(self, first, count):
+        if self.video:
+            return [self.folder / f"{first:08d}{self.target.suffix}"]
+        return [self.folder / f"{i + 1:06d}.png" for i in range(first, first + count)]
+
+    def has(self, first, count):
+        """Whether frames first..first+count-1 were written as one piece."""
+        return all(path.exists() for path in self._files(first, count))
+
+    def write(self, first, frames, fps, aspect="1:1", times=None):
+        """Add a piece, uint8 (F, H, W, 3), that begins with frame `first`."""
+        files = self._files(first, len(frames))
+        if self.video:
+            tmp = beside(files[0])
+            encode(tmp, frames, fps, aspect=aspect, times=None if times is None else [t - times[0] for t in times])
+            os.replace(tmp, files[0])
+        else:
+            for path, frame in zip(files, frames, strict=True):
+                write_image(path, frame)
+
+    def finish(self, fps, source=None, begin=0.0, times=None):
+        """Join the pieces under the target's name, with the sound of `source`.
+
+        begin: seconds at which the first frame is shown. times: those of all frames, if the rate varies.
+        """
+        pieces = sorted(p for p in self.folder.iterdir() if p.suffix == self.target.suffix and p.name[0] != ".")
+        if not self.video:
+            (self.folder / "stamp.txt").unlink()
+            os.replace(self.folder, self.target)
+            return
+        entries = ["ffconcat version 1.0"]
+        for i, piece in enumerate(pieces):
+            entries.append(f"file {piece.name}")
+            if times is not None and i + 1 < len(pieces):
+                entries.append(f"duration {times[int(pieces[i + 1].stem)] - times[int(piece.stem)]:.6f}")
+        listed = self.folder / "pieces.txt"
+        listed.write_text("\n".join(entries))
+        # the container of a piece may round times: frame N is shown at N / fps, exactly
+        n, ticks = f"N+{round(begin * fps)}", f"{1 / fps}/TB"
+        clock = [] if times else ["-bsf:v", f"setts=ts=round(({n})*{ticks}):duration=round({ticks})"]
+        inputs, tmp = ["-itsoffset", begin, "-f", "concat", "-i", listed], beside(self.target)
+        inputs += ["-i", source, "-map", "0:v", "-map", "1:a?"] if source else []
+        try:
+            for codec in ("copy", "aac"):                       # some sound does not fit into some containers
+                try:
+                    ffmpeg(["-y", *inputs, "-c:v", "copy", "-c:a", codec, *clock, "-movflags", "+faststart", tmp])
+                    break
+                except ValueError as e:
+                    reason = e
+            else:
+                raise ValueError(f"{self.target}: not written ({reason})")
+            os.replace(tmp, self.target)
+        finally:
+            tmp.unlink(missing_ok=True)
+        shutil.rmtree(self.folder)

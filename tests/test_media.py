@@ -1,0 +1,108 @@
+"""media.py: frames, times and colours survive the way into a file and back. All files are made on the spot."""
+import subprocess
+from fractions import Fraction
+
+import numpy as np
+import pytest
+
+import media
+from tests.test_data import scene
+
+NTSC = Fraction(24000, 1001)
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+def test_round_trip(tmp_path, suffix):
+    path = tmp_path / f"x{suffix}"
+    frames = scene(0, 15)
+    media.write_video(path, iter(frames), NTSC)               # any iterable will do
+    back = media.read_video(path)
+    assert media.video_info(path) == dict(width=96, height=64, fps=NTSC, aspect="1:1")
+    assert media.survey(path)["frames"] == 15
+    assert back.shape == frames.shape and back.dtype == np.uint8
+    assert abs(back.astype(int) - frames).mean() <= (0 if suffix == ".mkv" else 3)
+    for start, count in (0, 2), (1, 1), (7, 3), (14, 1):     # the seek is exact
+        assert np.array_equal(media.read_video(path, start, count), back[start:start + count])
+    assert np.array_equal(media.read_video(path, 9), back[9:])
+    small = media.read_video(path, 3, 1, size=(48, 32))
+    area = back[3:4].reshape(1, 32, 2, 48, 2, 3).mean((2, 4))
+    assert abs(small - area).mean() < 1.5
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+def test_colours(tmp_path, suffix):
+    colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0), (200, 120, 40), (17, 99, 180)]
+    frames = np.stack([np.full((32, 48, 3), c, np.uint8) for c in colours])
+    media.write_video(tmp_path / f"c{suffix}", frames, 24, crf=4)
+    worst = abs(media.read_video(tmp_path / f"c{suffix}").astype(int) - frames).max()
+    assert worst <= (0 if suffix == ".mkv" else 2)           # bt601 read as bt709 would be off by tens
+
+
+def test_tagged_bt709(tmp_path):
+    """Other players must see the same colours: the file says bt709, and its samples are bt709."""
+    media.write_video(tmp_path / "x.mp4", np.full((2, 32, 32, 3), (0, 255, 0), np.uint8), 24, crf=1)
+    raw = media.ffmpeg(["-i", tmp_path / "x.mp4", "-frames:v", "1", "-f", "rawvideo", "-pix_fmt", "yuv420p", "-"])
+    assert abs(raw[0] - 173) <= 1                            # luma of green: 16 + 219 * 0.7152; bt601 gives 145
+    said = subprocess.run([media.imageio_ffmpeg.get_ffmpeg_exe(), "-i", tmp_path / "x.mp4"], capture_output=True).stderr
+    assert b"yuv420p(tv, bt709, progressive" in said         # matrix, primaries and transfer, all three
+
+
+@pytest.mark.parametrize("h, w", [(33, 48), (32, 47), (35, 51)])
+def test_odd_sizes_are_kept(tmp_path, h, w):
+    frames = scene(0, 3, 64, 64)[:, :h, :w]
+    media.write_video(tmp_path / "odd.mp4", frames, 30)
+    back = media.read_video(tmp_path / "odd.mp4")
+    assert back.shape == frames.shape and abs(back.astype(int) - frames).mean() < 3
+
+
+def test_rotation_is_applied(tmp_path):
+    media.write_video(tmp_path / "x.mp4", scene(0, 3), 24)
+    media.ffmpeg(["-display_rotation", "90", "-i", tmp_path / "x.mp4", "-c", "copy", tmp_path / "r.mp4"])
+    info = media.video_info(tmp_path / "r.mp4")
+    assert (info["width"], info["height"]) == (64, 96)
+    turned = np.rot90(media.read_video(tmp_path / "x.mp4"), 1, (1, 2)).astype(int)
+    assert abs(media.read_video(tmp_path / "r.mp4") - turned).mean() < 2
+
+
+def test_nothing_is_left_of_a_failed_write(tmp_path):
+    def broken():
+        yield from scene(0, 100)                             # enough that the encoder has begun to write
+        raise RuntimeError("the network failed")
+    path = tmp_path / "x.mkv"
+    media.write_video(path, scene(1, 2), 24)
+    whole = path.read_bytes()
+    with pytest.raises(RuntimeError, match="the network failed"):
+        media.write_video(path, broken(), 24)
+    with pytest.raises(ValueError, match="the first is"):
+        media.write_video(path, [np.zeros((32, 32, 3), np.uint8), np.zeros((16, 32, 3), np.uint8)], 24)
+    with pytest.raises(ValueError, match="uint8"):
+        media.write_video(path, np.zeros((2, 32, 32, 3), np.float32), 24)
+    with pytest.raises(ValueError, match="not written"):
+        media.write_video(tmp_path / "x.nonsense", scene(1, 2), 24)
+    assert path.read_bytes() == whole and list(tmp_path.iterdir()) == [path]
+
+
+def test_unreadable_is_one_line(tmp_path):
+    (tmp_path / "bad.mp4").write_bytes(b"this is not a video" * 50)
+    (tmp_path / "bad.png").write_bytes(b"this is not a picture")
+    for read, name in ((media.video_info, "bad.mp4"), (media.survey, "bad.mp4"), (media.read_video, "none.mp4"),
+                       (media.read_image, "bad.png")):
+        with pytest.raises(ValueError) as e:
+            read(tmp_path / name)
+        assert str(tmp_path / name) in str(e.value) and "\n" not in str(e.value)
+    with pytest.raises(ValueError, match="no frame at 9"):
+        media.write_video(tmp_path / "x.mkv", scene(0, 3), 24)
+        media.read_video(tmp_path / "x.mkv", 9)
+
+
+def test_survey_finds_frames_cuts_times_and_damage(tmp_path):
+    path = tmp_path / "cut.mp4"
+    media.write_video(path, np.concatenate([scene(1, 10), 255 - scene(2, 12)]), NTSC)
+    seen = media.survey(path)
+    assert seen["frames"] == 22 and seen["cuts"] == [10] and seen["problem"] == ""
+    np.testing.assert_allclose(seen["times"], np.arange(22) / float(NTSC), atol=1e-4)
+    assert media.steady(seen["times"], NTSC)
+    assert not media.steady([0, 1 / 24, 3 / 24], Fraction(24)) and media.steady([0.5, 0.542, 0.583], Fraction(24))
+    (tmp_path / "short.mp4").write_bytes(path.read_bytes()[:-3000])            # the index is in front
+    seen = media.survey(tmp_path / "short.mp4")
+    assert 0 < seen["frames"] <= 22 and seen["problem"]
