@@ -244,11 +244,11 @@ def run(source, target, upscaler, args, stamp):
         raise ValueError(f"{target}: a folder that is not empty; name another")
     files = source if isinstance(source, list) else [source]
     stamp = repr([[(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in files], *stamp])
-    unfinished = media.Unfinished(target, stamp, args.resume)
     parts = chunks(film.count, film.cuts, args.chunk, args.overlap)
-    with tqdm(total=film.count, unit="frame", desc=target.name, dynamic_ncols=True) as progress:
+    with (media.Unfinished(target, stamp, args.resume) as unfinished,
+          tqdm(total=film.count, unit="frame", desc=target.name, dynamic_ncols=True) as progress):
         upscale_film(film, unfinished, parts, upscaler, progress)
-    unfinished.finish(film.fps, film.sound, film.begin, film.times)
+        unfinished.finish(film.fps, film.sound, film.begin, film.times)
     return f"{target}: {film.count} frames"
 
 
@@ -300,7 +300,10 @@ def main(argv=None):
             if args.resume and len(todo) > 1 and target.exists():
                 continue
             try:
-                target.parent.mkdir(parents=True, exist_ok=True)
+                try:
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                except OSError as error:
+                    raise ValueError(f"{target}: not writable ({error.strerror}); name another output") from None
                 print(run(source, target, upscaler, args, stamp))
             except ValueError as error:
                 if len(todo) == 1:

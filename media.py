@@ -247,16 +247,25 @@ class Unfinished:
         self.target, self.video = Path(target), Path(target).suffix != ""
         self.folder = self.target.with_name(f".{self.target.name}.unfinished")
         note = self.folder / "stamp.txt"
-        if self.folder.exists():
-            if not resume:
-                raise ValueError(f"{target}: an interrupted run left {self.folder}; add --resume, or remove it")
-            if note.exists() and note.read_text() != stamp:
-                raise ValueError(f"{self.folder}: made with another input, checkpoint or setting; remove that folder")
+        if self._pieces() and not resume:
+            raise ValueError(f"{target}: an interrupted run left {self.folder}; add --resume, or remove it")
+        if self._pieces() and note.read_text() != stamp:
+            raise ValueError(f"{self.folder}: made with another input, checkpoint or setting; remove that folder")
         try:
             self.folder.mkdir(exist_ok=True)
             note.write_text(stamp)
         except OSError as e:
             raise ValueError(f"{target}: not writable ({e.strerror}); name another output") from None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        if self.folder.exists() and not self._pieces():
+            shutil.rmtree(self.folder)
+
+    def _pieces(self):
+        return sorted(self.folder.glob(f"[!.]*{self.target.suffix if self.video else '.png'}"))
 
     def _files(self, first, count):
         if self.video:
@@ -283,12 +292,11 @@ class Unfinished:
 
         begin: seconds at which the first frame is shown. times: those of all frames, if the rate varies.
         """
-        pieces = sorted(p for p in self.folder.iterdir() if p.suffix == self.target.suffix and p.name[0] != ".")
         if not self.video:
             (self.folder / "stamp.txt").unlink()
             os.replace(self.folder, self.target)
             return
-        entries = ["ffconcat version 1.0"]
+        pieces, entries = self._pieces(), ["ffconcat version 1.0"]
         for i, piece in enumerate(pieces):
             entries.append(f"file {piece.name}")
             if times is not None and i + 1 < len(pieces):

@@ -1,12 +1,22 @@
 """Tiles, colour and infer.py itself."""
+import re
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import data
 import infer
+import media
 import model as M
+from tests.conftest import ROOT
+from tests.test_data import scene
 from tests.test_maths import tiny_net
+
+NTSC = infer.Fraction(24000, 1001)
 
 
 def identity(z, t, z_lr, text):
@@ -66,34 +76,272 @@ def checkpoint(tmp_path):
     return str(tmp_path / "student.pt")
 
 
-@pytest.mark.parametrize("frames, h, w", [(1, 12, 12), (5, 11, 14), (10, 12, 9)])
-def test_upscale_keeps_frames_and_multiplies_the_size(frames, h, w):
+@pytest.mark.parametrize("frames, h, w, scale", [(1, 12, 12, 4), (5, 11, 14, 3), (10, 12, 9, 2)])
+def test_upscale_keeps_frames_and_multiplies_the_size(frames, h, w, scale):
     lr = np.random.default_rng(0).integers(0, 256, (frames, h, w, 3), dtype=np.uint8)
     net, vae = tiny_net(), M.PatchVAE()
     vae.fit(torch.randn(1, 3, 9, 16, 16))
-    out = infer.upscale(net, vae, lr)
-    assert out.shape == (frames, 4 * h, 4 * w, 3) and out.dtype == np.uint8
-    assert np.array_equal(out, infer.upscale(net, vae, lr))
-    assert not np.array_equal(out, infer.upscale(net, vae, lr, seed=1))
+
+    def run(**options):
+        out = infer.upscale(M.tiled(net, (3, 24, 24)), vae, 3, torch.device("cpu"), lr, scale=scale, **options)
+        return data.to_uint8(out)
+    assert run().shape == (frames, scale * h, scale * w, 3)
+    assert np.array_equal(run(), run())
+    assert not np.array_equal(run(), run(seed=1)) and not np.array_equal(run(), run(start=4))
 
 
-def test_infer_from_file_to_file(checkpoint, tmp_path):
-    lr = np.random.default_rng(0).integers(0, 256, (7, 12, 16, 3), dtype=np.uint8)
-    data.write_video(str(tmp_path / "in.mkv"), lr, data.Fraction(24000, 1001))
-    infer.main([str(tmp_path / "in.mkv"), str(tmp_path / "out.mkv"), "--ckpt", checkpoint])
-    info = data.video_info(str(tmp_path / "out.mkv"))
-    assert (info["width"], info["height"], info["fps"]) == (64, 48, data.Fraction(24000, 1001))
-    assert len(data.read_video(str(tmp_path / "out.mkv"))) == 7
+def test_noise_belongs_to_a_place_in_the_film():
+    whole, part = infer.noise((1, 2, 5, 3, 3), 8, 0), infer.noise((1, 2, 3, 3, 3), 16, 0)
+    assert torch.equal(whole[:, :, 2:], part) and abs(whole.std() - 1) < 0.2
+    assert not torch.equal(whole, infer.noise((1, 2, 5, 3, 3), 8, 1))
 
 
-def test_infer_errors_are_one_line(checkpoint, tmp_path):
+def test_adain_colour():
+    content, style = torch.rand(1, 3, 2, 8, 8), 3 * torch.rand(1, 3, 2, 8, 8) + 1
+    out = infer.adain_color(content, style)
+    torch.testing.assert_close(out.mean((3, 4)), style.mean((3, 4)), atol=1e-4, rtol=0)
+    torch.testing.assert_close(out.std((3, 4)), style.std((3, 4)), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("count, cuts", [(1, []), (17, []), (18, []), (100, [1, 40, 57, 99])])
+def test_chunks_keep_every_frame_once_and_stay_within_shots(count, cuts):
+    parts = infer.chunks(count, cuts, 17, 4)
+    kept = [i for start, _, keep, _ in parts for i in range(start, start + keep)]
+    assert kept == list(range(count))
+    edges = [0, *cuts, count]
+    for start, end, keep, blend in parts:
+        a = max(x for x in edges if x <= start)
+        assert end <= min(x for x in edges if x > start) and 0 < end - start <= 17 and (start - a) % 4 == 0
+        assert blend == (5 if start > a else 0) and keep <= end - start
+
+
+# ---------------------------------------------------------------------------- files; the network is a plain enlargement
+
+
+def enlarge(lr, steps=1, w=0.0, seed=0, start=0, color="none", scale=4):
+    """Stands in for infer.upscale: every pixel scale x scale times."""
+    return data.to_tensor(lr.repeat(scale, 1).repeat(scale, 2))
+
+
+@pytest.fixture
+def plain(monkeypatch):
+    """main() with `enlarge` for a network; returns the numbers of frames it was given."""
+    calls = []
+
+    def load(ckpt, part, device, tile=0):
+        return lambda lr, **options: calls.append(len(lr)) or enlarge(lr, **options)
+    monkeypatch.setattr(infer, "load", load)
+    return calls
+
+
+def film(path, frames, fps=NTSC, sound=False, extra=()):
+    """A clip on disk, lossless, with a second of sound if asked."""
+    media.write_video(path.with_suffix(".mkv"), frames, fps)
+    args = ["-y", "-i", path.with_suffix(".mkv")]
+    args += ["-f", "lavfi", "-i", f"sine=d={len(frames) / float(fps):.3f}", "-c:a", "aac"] if sound else []
+    media.ffmpeg([*args, "-c:v", "libx264", "-crf", "4", *extra, path])
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+def test_frames_rate_and_sound_are_kept(plain, tmp_path, suffix):
+    source, target = film(tmp_path / "in.mp4", scene(0, 40), sound=True), tmp_path / f"out{suffix}"
+    infer.main([str(source), str(target)])
+    info, seen, before = media.video_info(target), media.survey(target), media.survey(source)
+    assert (info["width"], info["height"], info["fps"]) == (384, 256, NTSC) and seen["frames"] == 40
+    np.testing.assert_allclose(seen["times"], before["times"], atol=6e-4)       # Matroska counts in milliseconds
+    assert max(plain) == 17                                                     # never the whole film
+    packets = [media.ffmpeg(["-i", p, "-map", "0:a", "-c", "copy", "-f", "streamhash", "-"]) for p in (source, target)]
+    assert packets[0] == packets[1]                                             # the sound is copied, not coded again
+    want = media.read_video(source).repeat(4, 1).repeat(4, 2).astype(int)
+    assert abs(media.read_video(target) - want).mean() < (0.01 if suffix == ".mkv" else 3)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted({"in.mkv", "in.mp4", target.name})
+
+
+def test_sound_that_does_not_fit_is_coded_again(plain, tmp_path):
+    media.write_video(tmp_path / "in.mkv", scene(0, 6), 24)
+    media.ffmpeg(["-i", tmp_path / "in.mkv", "-f", "lavfi", "-i", "sine=d=0.25", "-c:v", "copy", "-c:a", "wmav2",
+                  tmp_path / "sound.mkv"])
+    infer.main([str(tmp_path / "sound.mkv"), str(tmp_path / "out.mp4")])
+    assert media.ffmpeg(["-i", tmp_path / "out.mp4", "-map", "0:a", "-f", "s16le", "-"])
+
+
+def test_times_that_vary_are_kept(plain, tmp_path):
+    source = tmp_path / "vfr.mp4"
+    film(tmp_path / "cfr.mp4", scene(0, 60), 30)
+    media.ffmpeg(["-i", tmp_path / "cfr.mp4", "-vf", r"select='not(mod(n\,3))+lt(n\,20)'", "-fps_mode", "vfr", source])
+    infer.main([str(source), str(tmp_path / "out.mp4")])
+    before, after = media.survey(source)["times"], media.survey(tmp_path / "out.mp4")["times"]
+    assert not media.steady(before, media.video_info(source)["fps"])
+    np.testing.assert_allclose(after, before, atol=2e-3)
+
+
+@pytest.mark.parametrize("scale, h, w", [(2, 33, 47), (3, 32, 48), (4, 31, 33)])
+def test_every_size_and_scale(plain, tmp_path, scale, h, w):
+    media.write_video(tmp_path / "in.mkv", scene(0, 3, 64, 64)[:, :h, :w], 24)
+    infer.main([str(tmp_path / "in.mkv"), str(tmp_path / "out.mp4"), "--scale", str(scale)])
+    assert media.read_video(tmp_path / "out.mp4").shape == (3, scale * h, scale * w, 3)
+
+
+def test_phone_video_is_turned_and_ten_bits_are_rounded(plain, tmp_path):
+    film(tmp_path / "in.mp4", np.full((3, 32, 48, 3), 100, np.uint8), extra=["-pix_fmt", "yuv420p10le"])
+    media.ffmpeg(["-display_rotation", "90", "-i", tmp_path / "in.mp4", "-c", "copy", tmp_path / "phone.mp4"])
+    infer.main([str(tmp_path / "phone.mp4"), str(tmp_path / "out.mkv")])
+    out = media.read_video(tmp_path / "out.mkv")
+    assert out.shape == (3, 192, 128, 3) and abs(out.mean() - 100) < 0.6        # truncation would be off by one
+
+
+def test_constants_survive_exactly(plain, tmp_path):
+    frames = np.stack([np.full((16, 16, 3), v, np.uint8) for v in (0, 1, 127, 128, 254, 255)])
+    media.write_video(tmp_path / "in.mkv", frames, 24)
+    infer.main([str(tmp_path / "in.mkv"), str(tmp_path / "out.mkv")])
+    assert np.array_equal(media.read_video(tmp_path / "out.mkv"), frames.repeat(4, 1).repeat(4, 2))
+
+
+def test_a_cut_never_blends(tmp_path, monkeypatch):
+    """Each chunk's output is its own number; where chunks of one shot overlap it ramps, at the cut it jumps."""
+    frames = np.concatenate([scene(1, 30), 255 - scene(2, 30)])
+    media.write_video(tmp_path / "in.mkv", frames, 24)
+    starts = []
+
+    def level(lr, start=0, **options):
+        starts.append((start, len(lr)))
+        return torch.full((3, len(lr), 16, 16), len(starts) / 10)
+    monkeypatch.setattr(infer, "load", lambda *a: level)
+    infer.main([str(tmp_path / "in.mkv"), str(tmp_path / "out.mkv")])
+    assert starts == [(0, 17), (12, 17), (24, 6), (30, 17), (42, 17), (54, 6)]
+    shown = media.read_video(tmp_path / "out.mkv")[:, 0, 0, 0]
+    want = [data.to_uint8(torch.full((3, 1, 1, 1), n / 10))[0, 0, 0, 0] for n in range(7)]
+    assert list(shown[[0, 12, 29, 30, 59]]) == [want[1], want[1], want[3], want[4], want[6]]
+    assert (np.diff(shown[:30].astype(int)) >= 0).all() and want[1] < shown[14] < want[2]
+
+
+def test_folders(plain, tmp_path):
+    frames = scene(0, 12)
+    (tmp_path / "frames").mkdir()
+    for i, x in enumerate(frames):
+        Image.fromarray(x).save(tmp_path / f"frames/f{i + 1}.png")              # f10 comes after f9
+    infer.main([str(tmp_path / "frames"), str(tmp_path / "up"), "--scale", "2"])
+    back = np.stack([media.read_image(p) for p in media.files_in(tmp_path / "up", {".png"})])
+    assert np.array_equal(back, frames.repeat(2, 1).repeat(2, 2)) and max(plain) == 12      # one clip
+    infer.main([str(tmp_path / "up"), str(tmp_path / "up.mkv"), "--scale", "2"])
+    assert len(media.read_video(tmp_path / "up.mkv")) == 12
+
+    (tmp_path / "mixed").mkdir()                                                # separate files: one output each
+    Image.fromarray(frames[0]).save(tmp_path / "mixed/cat.jpg")
+    media.write_video(tmp_path / "mixed/walk.mkv", frames[:3], 24)
+    (tmp_path / "mixed/broken.mp4").write_bytes(b"not a video")
+    with pytest.raises(SystemExit, match="1 of 3"):
+        infer.main([str(tmp_path / "mixed"), str(tmp_path / "done")])
+    assert sorted(p.name for p in (tmp_path / "done").iterdir()) == ["cat.png", "walk.mp4"]
+
+
+def test_one_picture(plain, tmp_path):
+    Image.fromarray(scene(0, 1)[0]).save(tmp_path / "a.png")
+    for target in ("b.png", "c.mp4", "d"):
+        infer.main([str(tmp_path / "a.png"), str(tmp_path / target)])
+    assert media.read_image(tmp_path / "b.png").shape == media.read_image(tmp_path / "d/a.png").shape == (256, 384, 3)
+    assert len(media.read_video(tmp_path / "c.mp4")) == 1
+
+
+@pytest.mark.parametrize("target", ["out.mp4", "out.mkv", "out"])
+def test_a_killed_run_is_resumed_to_the_same_bytes(checkpoint, tmp_path, monkeypatch, target):
+    frames = np.random.default_rng(0).integers(0, 256, (50, 8, 8, 3), dtype=np.uint8)
+    media.write_video(tmp_path / "in.mkv", frames, 24)
+    command = [str(tmp_path / "in.mkv"), str(tmp_path / target), "--ckpt", checkpoint]
+    infer.main(command)
+
+    def frozen(path):
+        files = media.files_in(path, {".png"}) if path.is_dir() else [path]
+        return [p.read_bytes() for p in files] if path.is_dir() else media.ffmpeg(
+            ["-i", path, "-map", "0:v", "-c", "copy", "-f", "rawvideo", "-"])
+    whole = frozen(tmp_path / target)
+    (tmp_path / target).rename(tmp_path / "whole")
+
+    written, write = [], media.Unfinished.write
+
+    def stop_at_three(self, *args):
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(args[0])
+        write(self, *args)
+    with monkeypatch.context() as m, pytest.raises(SystemExit, match="--resume"):
+        m.setattr(media.Unfinished, "write", stop_at_three)
+        infer.main(command)
+    assert not (tmp_path / target).exists()
+    with pytest.raises(SystemExit, match="add --resume"):
+        infer.main(command)
+    with pytest.raises(SystemExit, match="another input"):
+        infer.main([*command, "--resume", "--seed", "1"])
+    made = []
+    monkeypatch.setattr(media.Unfinished, "write", lambda self, *a: made.append(a[0]) or write(self, *a))
+    infer.main([*command, "--resume"])
+    assert frozen(tmp_path / target) == whole and not set(made) & set(written)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_memory_does_not_grow_with_the_film(tmp_path):
+    """Peak memory of a child process on 100 and on 1000 frames: under 1 MB per 100 frames more."""
+    code = ("import sys, resource; sys.path.insert(0, sys.argv[1]); import torch; torch.set_num_threads(1);"
+            "import infer; from tests.test_infer import enlarge; infer.load = lambda *a: enlarge;"
+            "infer.main(sys.argv[2:]); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
+    peaks = []
+    for count in (100, 1000):
+        tile = scene(0, 1, 40, 40)[0]
+        media.write_video(tmp_path / "in.mp4", (np.roll(tile, 3 * i, 1) for i in range(count)), 24)
+        files = [str(tmp_path / name) for name in ("in.mp4", f"{count}.mp4")]
+        done = subprocess.run([sys.executable, "-c", code, ROOT, *files], capture_output=True, text=True, check=True)
+        peaks.append(int(done.stdout.split()[-1]) / 1024)
+        assert media.survey(tmp_path / f"{count}.mp4")["frames"] == count
+    assert peaks[1] - peaks[0] < 9
+
+
+def test_real_checkpoint_from_file_to_file(checkpoint, tmp_path):
+    media.write_video(tmp_path / "in.mkv", scene(0, 7, 16, 24), NTSC)
+    infer.main([str(tmp_path / "in.mkv"), str(tmp_path / "out.mkv"), "--ckpt", checkpoint, "--color", "adain"])
+    assert media.read_video(tmp_path / "out.mkv").shape == (7, 64, 96, 3)
+
+
+def test_mistakes_get_one_line(checkpoint, tmp_path):
     (tmp_path / "bad.mp4").write_bytes(b"no video")
-    data.write_video(str(tmp_path / "in.mkv"), np.zeros((2, 8, 8, 3), np.uint8), data.Fraction(24))
+    media.write_video(tmp_path / "in.mkv", scene(0, 2), 24)
+    media.ffmpeg(["-f", "lavfi", "-i", "sine=d=0.1", tmp_path / "sound.mp4"])
+    (tmp_path / "empty").mkdir(), (tmp_path / "full").mkdir()
+    (tmp_path / "full/note.txt").write_text("mine")
+    sizes = tmp_path / "sizes"
+    sizes.mkdir()
+    for i, side in enumerate((16, 24)):
+        Image.fromarray(scene(0, 1, side, side)[0]).save(sizes / f"{i}.png")
     good, out = str(tmp_path / "in.mkv"), str(tmp_path / "out.mp4")
-    for args in ([str(tmp_path / "bad.mp4"), out], [str(tmp_path / "none.mp4"), out], [good, good],
-                 [good, str(tmp_path / "out.txt")], [good, str(tmp_path / "nowhere" / "out.mp4")],
-                 [good, out, "--steps", "0"], [good, out, "--part", "ema"]):
-        with pytest.raises(SystemExit) as stop:
-            infer.main([*args, *(["--ckpt", checkpoint])])
+    for words, args in (
+            ("not readable", [str(tmp_path / "bad.mp4"), out]), ("no such file", [str(tmp_path / "none.mp4"), out]),
+            ("not readable", [str(tmp_path / "sound.mp4"), out]), ("is the input", [good, good]),
+            ("ends in", [good, str(tmp_path / "out.txt")]), ("no videos", [str(tmp_path / "empty"), out]),
+            ("not empty", [good, str(tmp_path / "full")]), ("differs from", [str(sizes), out]),
+            ("name a folder", [good, str(tmp_path / "a.png")]), ("not writable", [good, "/proc/x/o.mp4"]),
+            ("at least 1", [good, out, "--steps", "0"]), ("without 'ema'", [good, out, "--part", "ema"]),
+            ("no such checkpoint", [good, out, "--ckpt", "none.pt"]), ("invalid choice", [good, out, "--scale", "5"]),
+            ("4k", [good, out, "--chunk", "16"]), ("4k", [good, out, "--overlap", "12"]),
+            ("32", [good, out, "--tile", "8"]), ("not available", [good, out, "--device", "cuda:7"])):
+        with pytest.raises(SystemExit, match=words) as stop:
+            infer.main([*args, *([] if "--ckpt" in args else ["--ckpt", checkpoint])])
         assert isinstance(stop.value.code, str) and "\n" not in stop.value.code
-    assert not (tmp_path / "out.mp4").exists()
+    assert not (tmp_path / "out.mp4").exists() and not list(tmp_path.glob(".*"))
+
+
+def test_what_can_be_read_of_a_damaged_file_is_kept(plain, tmp_path, capsys):
+    media.write_video(tmp_path / "whole.mp4", np.random.default_rng(0).integers(0, 256, (30, 48, 48, 3), np.uint8), 24)
+    (tmp_path / "cut.mp4").write_bytes((tmp_path / "whole.mp4").read_bytes()[:-60000])
+    infer.main([str(tmp_path / "cut.mp4"), str(tmp_path / "out.mkv")])
+    said = re.search(r"damaged .*; (\d+) frames can be read", capsys.readouterr().err)
+    assert 0 < int(said[1]) < 30 and media.survey(tmp_path / "out.mkv")["frames"] == int(said[1])
+
+
+def test_out_of_memory_names_a_tile(monkeypatch, tmp_path):
+    media.write_video(tmp_path / "in.mkv", scene(0, 2), 24)
+
+    def too_big(*args, **options):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+    monkeypatch.setattr(infer, "load", lambda *a: too_big)
+    with pytest.raises(SystemExit, match="--tile 48"):
+        infer.main([str(tmp_path / "in.mkv"), str(tmp_path / "out.mp4")])
