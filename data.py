@@ -571,6 +571,13 @@ def encode_pair(vae, hr, lr, window):
 
 
 @torch.no_grad()
+def residual_variance(bank, vae, device):
+    """Mean square of z_hr - z_lr of some clips in each latent channel, (C,), for model.linear_velocity."""
+    hr, lr = (x.to(device) for x in bank.batch(0, min(64, len(bank))))
+    return (vae.encode(hr) - vae.encode(upsample(lr, hr.shape[-2:]))).square().mean(dim=(0, 2, 3, 4))
+
+
+@torch.no_grad()
 def panel_batch(bank, vae, clip, seed, device):
     """(z_hr, z_lr, eps) of four crops, the same whenever a run asks: what panels show, so that they can be compared."""
     torch.manual_seed(seed)

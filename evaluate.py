@@ -1,14 +1,17 @@
-"""Measure what each stage changes: every row of the table upscales the same low-resolution clips.
+"""Measure what each stage changes, or any outputs: every row of the table has the same low-resolution clips.
 
     python evaluate.py                                          # after the stages, or with the shipped weights
+    python evaluate.py --pred OUTPUTS --gt TRUTH --lr INPUTS --out DIR      # files, or folders with the same names
 
 Reads   the videos under --clips; <out>/stage0..3/last.pt; weights/ where a stage was not run (see sources).
-Writes  <out>/report/metrics.json (numbers, and the stamp that says how they were made), report.html (one file to
-        open in a browser), panel.png, and clips/: every output as lossless video, used again as long as the
-        checkpoint, the input, the settings and the code are the same.
+        With --pred: videos, pictures, or folders of frames; GT/ and LQ/ folders as DOVE publishes them, too.
+Writes  <out>/report/metrics.json (numbers per frame, clip and row, and the stamp that says how they were made),
+        report.html (one file to open in a browser), panel.png, and clips/: every output as lossless video, used again
+        as long as the checkpoint, the input, the settings and the code are the same.
 
-A number is the mean over clips of the mean over frames, on 8-bit frames that no codec has touched; nothing is
-resized or cut to fit. The paper's test sets and its learned no-reference scores are not used here (see metrics.py).
+A number is the mean over clips of the mean over frames, on 8-bit frames; nothing is resized or cut to fit. Outputs of
+another size or length than their ground truth are refused; a shift, a wrong range and a lossy file are named. The
+paper's test sets and its learned no-reference scores are not used unless pyiqa is there (--extra; see metrics.py).
 """
 import hashlib
 import json
@@ -50,8 +53,15 @@ class Config:
     teacher_steps: int = 50         # Euler steps of the multi-step teacher
     cfg_w: float = 2.0              # its guidance weight; costs a second network call per step unless 0
     seed: int = 0                   # of the degradation and of the noise
+    seeds: int = 1                  # noise seeds, from `seed` on; the table then has means over them
     teacher: str = "weights/tiny_teacher.pt"    # read if <out>/stage0 was not run; "" is none
     student: str = "weights/tiny_student.pt"    # read as stage III if no stage was run; "" is none
+    pred: str = ""                  # outputs to measure, a file or a folder; "": the stages
+    gt: str = ""                    # their ground truth, if there is any
+    lr: str = ""                    # their inputs, if there are any
+    seam: int = 80                  # pixels from tile to tile, for the column `seam` [infer.py: 80]
+    chunk: int = 12                 # frames from chunk to chunk, for the column `chunk` [infer.py: 12]
+    extra: bool = False             # MUSIQ, CLIP-IQA, LPIPS, DISTS through pyiqa, if it is installed
 
 
 PRESETS = {                         # the first one is the default
@@ -68,6 +78,9 @@ ROWS = {                            # in the order of the table
     "stage3":   "stage I + II + III",
     "HR":       "ground truth",
 }
+PRED_ROWS = {"bicubic": "bicubic", "pred": "output", "HR": "ground truth"}
+EXTRA = {"musiq": "musiq", "clipiqa": "clipiqa", "lpips": "lpips", "dists": "dists"}        # column: name in pyiqa
+LOSSLESS = {".png", ".bmp", ""}     # and videos in a lossless codec; "" is a folder, of which the frames are judged
 COLUMNS = {                         # metric: (heading, direction in which it gets better, digits)
     "psnr":           ("PSNR", "up", 2),
     "psnr_y":         ("PSNR-Y", "up", 2),
@@ -79,7 +92,13 @@ COLUMNS = {                         # metric: (heading, direction in which it ge
     "temporal_ratio": ("temporal/HR", "down", 2),
     "flicker":        ("flicker", "", 2),       # neither way: blur has less than the truth
     "grid":           ("grid", "one", 3),
+    "seam":           ("seam", "one", 3),
+    "chunk":          ("chunk", "one", 2),
     "lr_consistency": ("LR PSNR", "", 2),       # very high repeats the input's noise
+    "shift":          ("shift px", "", 2),
+    "psnr_aligned":   ("PSNR al.", "up", 2),
+    "ssim_aligned":   ("SSIM al.", "up", 4),
+    **{name: (name.upper(), "", 4) for name in EXTRA},
     "calls":          ("calls", "down", 0),
     "seconds":        ("seconds", "down", 1),
 }
@@ -163,12 +182,12 @@ def keep(path, stamp, frames, seconds, fps):
     note.write_text(json.dumps({"seconds": seconds, "stamp": stamp}, indent=2))
 
 
-def upscale_bicubic(lr):
+def upscale_bicubic(lr, scale=4):
     h, w = lr.shape[1:3]
-    return data.to_uint8(data.upsample(data.to_tensor(lr)[None], (4 * h, 4 * w)))
+    return data.to_uint8(data.upsample(data.to_tensor(lr)[None], (scale * h, scale * w)))
 
 
-def outputs(row, source, clips, folder, cfg, device):
+def outputs(row, source, clips, folder, seed, device):
     """[(frames, seconds)] of one row, one per clip. source: see sources(), None for rows without a network."""
     if row == "HR":
         return [(clip["hr"], math.nan) for clip in clips]
@@ -176,17 +195,18 @@ def outputs(row, source, clips, folder, cfg, device):
     settings = {"row": row, "code": code}                       # everything that the frames depend on
     if source:
         settings |= {k: source[k] for k in ("part", "steps", "w", "sha256")}
-        settings |= {"seed": cfg.seed, "device": device.type}
+        settings |= {"seed": seed, "device": device.type}
     upscaler, results = None, []
     for clip in tqdm(clips, f"{row:10}", leave=False):
-        path, stamp = folder / f"{clip['name']}_{row}.mkv", settings | {"lr": sha256(clip["lr"])}
+        name = f"{clip['name']}_{row}" + (f"_seed{seed}" if source and seed else "")
+        path, stamp = folder / f"{name}.mkv", settings | {"lr": sha256(clip["lr"])}
         result = kept(path, stamp)
         if result is None:
             if source and upscaler is None:
                 upscaler = infer.load(source["path"], source["part"], device)
             start = time.perf_counter()
             frames = upscale_bicubic(clip["lr"]) if source is None else data.to_uint8(
-                upscaler(clip["lr"], steps=source["steps"], w=source["w"], seed=cfg.seed))
+                upscaler(clip["lr"], steps=source["steps"], w=source["w"], seed=seed))
             result = frames, time.perf_counter() - start
             keep(path, stamp, *result, clip["fps"])
         results.append(result)
@@ -197,19 +217,58 @@ def outputs(row, source, clips, folder, cfg, device):
 # numbers
 
 
-def score(row, source, output, clip):
-    """{metric: number, or nan where it has none} of one output (frames, seconds). Names as in COLUMNS."""
-    (frames, seconds), hr, nan = output, clip["hr"], math.nan
-    values = dict.fromkeys(COLUMNS, nan)
-    if row != "HR":                                             # a clip against itself says nothing
+def score(row, source, output, clip, cfg, extra):
+    """({metric: number, or nan where it has none}, {metric: list over frames}) of one output (frames, seconds).
+
+    Names as in COLUMNS. clip: dict with hr and lr, either may be None. extra: {column: function (frames, hr) -> float}.
+    """
+    (frames, seconds), hr, lr, nan = output, clip["hr"], clip["lr"], math.nan
+    values, curves = dict.fromkeys(COLUMNS, nan), {"niqe": list(metrics.niqe(frames))}
+    if row != "HR" and hr is not None:                          # a clip against itself says nothing
         moves = metrics.temporal(hr, np.broadcast_to(hr[:1], hr.shape))     # the truth's own change over time
-        values |= {"psnr": metrics.psnr(frames, hr), "psnr_y": metrics.psnr(frames, hr, "y"),
-                   "ssim": metrics.ssim(frames, hr), **metrics.vmaf(frames, hr),
-                   "temporal": metrics.temporal(frames, hr), "seconds": seconds,
-                   "calls": source["steps"] * (2 if source["w"] else 1) if source else 0}
-        values["temporal_ratio"] = values["temporal"] / moves if moves else nan
-    return values | {"niqe": float(np.mean(metrics.niqe(frames))), "flicker": metrics.flicker(frames),
-                     "grid": metrics.grid(frames), "lr_consistency": metrics.lr_consistency(frames, clip["lr"])}
+        pairs = [(frames[t:t + 1], hr[t:t + 1]) for t in range(len(hr))]
+        curves |= {"psnr": [metrics.psnr(*p) for p in pairs], "ssim": [metrics.ssim(*p) for p in pairs]}
+        curves["temporal"] = [metrics.temporal(frames[t - 1:t + 1], hr[t - 1:t + 1]) for t in range(1, len(hr))]
+        values |= {"psnr_y": metrics.psnr(frames, hr, "y"), **metrics.vmaf(frames, hr)}
+        dy, dx = metrics.shift(frames, hr)
+        values["shift"] = math.hypot(dy, dx)
+        aligned = metrics.unshift(frames, hr, (dy, dx)) if values["shift"] > 0.1 else (frames, hr)
+        values |= {"psnr_aligned": metrics.psnr(*aligned), "ssim_aligned": metrics.ssim(*aligned)}
+        values["temporal_ratio"] = metrics.temporal(frames, hr) / moves if moves else nan
+    if row != "HR":
+        values |= {"seconds": seconds, "calls": source["steps"] * (2 if source["w"] else 1) if source else nan}
+    values |= {"flicker": metrics.flicker(frames), "grid": metrics.grid(frames),
+               "seam": metrics.grid(frames, (cfg.seam,)), "chunk": metrics.chunk_jump(frames, cfg.chunk)}
+    if lr is not None and frames.shape[1] % lr.shape[1] == 0 == frames.shape[2] % lr.shape[2]:
+        values["lr_consistency"] = metrics.lr_consistency(frames, lr)
+    values |= {name: measure(frames, hr) for name, measure in extra.items()}
+    return values | {k: float(np.mean(v)) if v else nan for k, v in curves.items()}, curves
+
+
+def extra_metrics(wanted):
+    """({column: function (frames, hr or None) -> float}, {column: why there is none}) of the measures in pyiqa."""
+    if not wanted:
+        return {}, dict.fromkeys(EXTRA, "not asked for: --extra")
+    try:
+        import pyiqa
+    except ImportError:
+        return {}, dict.fromkeys(EXTRA, "pyiqa is not installed: pip install pyiqa (non-commercial licence)")
+    found, absent = {}, {}
+    for column, name in EXTRA.items():
+        try:
+            metric = pyiqa.create_metric(name)
+        except Exception as error:                              # it downloads weights, which fails in many ways
+            absent[column] = f"pyiqa cannot make it ({str(error).splitlines()[0][:80]})"
+            continue
+
+        def measure(frames, hr, metric=metric):
+            x, y = (torch.from_numpy(v).permute(0, 3, 1, 2) / 255 if v is not None else None for v in (frames, hr))
+            if metric.metric_mode == "FR":
+                pairs = [] if y is None else zip(x, y, strict=True)
+                return float(np.mean([metric(a[None], b[None]).item() for a, b in pairs] or math.nan))
+            return float(np.mean([metric(a[None]).item() for a in x]))
+        found[column] = measure
+    return found, absent
 
 
 def mean_row(values):
@@ -232,14 +291,19 @@ def plain(x):
 def make_stamp(cfg, clips, rows, device):
     """What someone needs to make the same numbers, or to see why theirs differ."""
     ffmpeg = subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-version"], capture_output=True, text=True)
+    about = [{"name": c["path"].name, "sha256": data.sha256(c["path"]) if c["path"].is_file() else None,
+              "frames": f"0..{len(c.get('pred', c['hr'])) - 1}", "size": c.get("pred", c["hr"]).shape[2:0:-1],
+              **{f"{k}_sha256": sha256(c[k]) for k in ("pred", "hr", "lr") if c.get(k) is not None}} for c in clips]
+    seeds = [f"{cfg.seed}, clip {i}" for i in range(len(clips))]
+    made_here = {"degradation": {"strength": cfg.strength, "seed": seeds},
+                 "checkpoints": {row: source for row, source in rows.items() if isinstance(source, dict)},
+                 "crop": "height and width to multiples of 16, right and bottom cut; no border left out"}
     return {
-        "clips": [{"name": c["path"].name, "sha256": data.sha256(c["path"]), "frames": f"0..{cfg.frames - 1}",
-                   "size": [c["hr"].shape[2], c["hr"].shape[1]], "lr_sha256": sha256(c["lr"])} for c in clips],
-        "crop": "height and width to multiples of 16, right and bottom cut; no border left out, no alignment",
+        "clips": about, **({"crop": "none; no border left out"} if cfg.pred else made_here),
         "channel": "psnr, lr_consistency: RGB; vmaf: Y of BT.709; all others: Y of BT.601",
-        "mean": "over frames, then over clips",
-        "degradation": {"strength": cfg.strength, "seed": [f"{cfg.seed}, clip {i}" for i in range(len(clips))]},
-        "checkpoints": {row: source for row, source in rows.items() if isinstance(source, dict)},
+        "range": "8 bits, 0..255",
+        "alignment": "columns named aligned only: moved back by the measured shift, its border cut",
+        "mean": "over frames, then over seeds, then over clips; intervals: 95 %, bootstrap over clips",
         "config": asdict(cfg),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
                      "ffmpeg": ffmpeg.stdout.split()[2]},
@@ -250,10 +314,11 @@ def make_stamp(cfg, clips, rows, device):
 
 
 def table(rows, titles):
-    """The rows as aligned text; a row that was not made is a dash with its reason."""
-    lines = [["", *(heading for heading, _, _ in COLUMNS.values())]]
+    """The rows as aligned text, without empty columns; a row that was not made is a dash with its reason."""
+    columns = {k: v for k, v in COLUMNS.items() if any(values[k] is not None for values in rows.values())}
+    lines = [["", *(heading for heading, _, _ in columns.values())]]
     for row, values in rows.items():
-        cells = ["-" if values[k] is None else f"{values[k]:.{digits}f}" for k, (_, _, digits) in COLUMNS.items()]
+        cells = ["-" if values[k] is None else f"{values[k]:.{digits}f}" for k, (_, _, digits) in columns.items()]
         lines.append([titles[row], *cells] if "reason" not in values else [titles[row], "-", values["reason"]])
     wide = [max(len(line[i]) for line in lines if len(line) == len(lines[0])) for i in range(len(lines[0]))]
     wide[0] = max(map(len, titles.values()))
@@ -262,46 +327,134 @@ def table(rows, titles):
 
 
 # ----------------------------------------------------------------------------
+# outputs of somebody else
 
 
-def main(cfg):
-    device = common.setup()[2]
+def named(root, *inside):
+    """{name: path} of the videos, pictures and folders of frames under root; one of the folders `inside` goes first.
+
+    DOVE's data sets have GT-Video/ (lossless) beside GT/ (frames), LQ-Video/ beside LQ/.
+    """
+    root = next((Path(root, d) for d in inside if Path(root, d).is_dir()), Path(root))
+    if not root.exists():
+        raise SystemExit(f"{root}: no such file or folder")
+    if not root.is_dir():
+        return {root.stem: root}
+    found = {p.stem: p for p in media.files_in(root, media.VIDEOS | media.IMAGES)}
+    folders = {p.name: p for p in sorted(root.iterdir()) if p.is_dir() and media.files_in(p, media.IMAGES)}
+    if not found | folders:
+        raise SystemExit(f"{root}: no videos, pictures or folders of frames")
+    return found | folders
+
+
+def read_frames(path):
+    if path.is_dir():
+        return np.stack([media.read_image(p) for p in media.files_in(path, media.IMAGES)])
+    return media.read_image(path)[None] if path.suffix.lower() in media.IMAGES else media.read_video(path)
+
+
+def read_outputs(cfg):
+    """(clips as in read_clips, with pred, and hr or lr None where not given; warnings)."""
+    paths, truths, inputs = named(cfg.pred), {}, {}
+    if cfg.gt:
+        truths = named(cfg.gt, "GT-Video", "GT")
+    if cfg.lr:
+        inputs = named(cfg.lr, "LQ-Video", "LQ")
+    if len(paths) == 1:                                         # one output: the other files may have other names
+        truths, inputs = (dict(zip(paths, x.values(), strict=False)) if len(x) == 1 else x for x in (truths, inputs))
+    clips, warnings = [], []
+    for name, path in paths.items():
+        for root, others in ((cfg.gt, truths), (cfg.lr, inputs)):
+            if root and name not in others:
+                raise SystemExit(f"{root}: nothing named {name}, which {cfg.pred} has")
+        pred, hr, lr = (None if p is None else read_frames(p) for p in (path, truths.get(name), inputs.get(name)))
+        for other, what in ((hr, "ground truth"), (lr, "input")):
+            if other is not None and len(other) != len(pred):
+                raise SystemExit(f"{path}: {len(pred)} frames, its {what} has {len(other)}; compare whole clips")
+        if hr is not None and hr.shape != pred.shape:
+            raise SystemExit(f"{path}: {pred.shape[2]}x{pred.shape[1]}, its ground truth {hr.shape[2]}x{hr.shape[1]}; "
+                             "nothing is cut to fit")
+        for p in filter(None, (path, truths.get(name))):
+            if p.suffix.lower() not in LOSSLESS and not media.lossless(p):
+                warnings.append(f"{p}: a lossy file; the scores include what its codec lost")
+        if hr is not None:
+            (gain, offset), (dy, dx) = metrics.levels(pred, hr), metrics.shift(pred, hr)
+            if not 0.93 < gain < 1.08 and (gain < 1) == (offset > 0):
+                warnings.append(f"{path}: brightness is {gain:.2f} x truth {offset:+.0f}: full for video range?")
+            if math.hypot(dy, dx) > 0.25:
+                warnings.append(f"{path}: {dx:+.1f} px right, {dy:+.1f} px down of its truth; see the aligned scores")
+        fps = media.video_info(path)["fps"] if path.suffix.lower() in media.VIDEOS else infer.FPS
+        clips.append(dict(name=name, path=path, fps=fps, hr=hr, lr=lr, pred=pred))
+    return clips, warnings
+
+
+# ----------------------------------------------------------------------------
+
+
+def make(cfg, device):
+    """(clips, {row: [[(frames, seconds) per clip] per seed]}, sources of the rows, titles of the rows, warnings)."""
+    if cfg.pred:
+        clips, warnings = read_outputs(cfg)
+        made = {"pred": [[(c["pred"], math.nan) for c in clips]]}
+        if cfg.lr:
+            made = {"bicubic": [[(upscale_bicubic(c["lr"], c["pred"].shape[1] // c["lr"].shape[1]), math.nan)
+                                 for c in clips]]} | made
+        if cfg.gt:
+            made["HR"] = [[(c["hr"], math.nan) for c in clips]]
+        return clips, made, {}, {row: PRED_ROWS[row] for row in made}, warnings
     rows = sources(cfg)
     for source in rows.values():
         if isinstance(source, dict):
             source["sha256"] = data.sha256(source["path"])
     clips = read_clips(cfg)
-    out = Path(cfg.out, "report")
-    folder = out / "clips"
+    folder = Path(cfg.out, "report", "clips")
     folder.mkdir(parents=True, exist_ok=True)
     for clip in clips:
         media.write_video(folder / f"{clip['name']}_LR.mkv", clip["lr"], clip["fps"])
-
-    # 1) every row upscales every clip
     made = {}
     for row in ROWS:
         source = rows.get(row)
         if not isinstance(source, str):
-            made[row] = outputs(row, source, clips, folder, cfg, device)
+            seeds = range(cfg.seed, cfg.seed + (cfg.seeds if source else 1))
+            made[row] = [outputs(row, source, clips, folder, seed, device) for seed in seeds]
+    return clips, made, rows, {row: title.format(cfg.teacher_steps) for row, title in ROWS.items()}, []
+
+
+def main(cfg):
+    device = common.setup()[2]
+    out = Path(cfg.out, "report")
+    # 1) every row upscales every clip
+    clips, made, rows, titles, warnings = make(cfg, device)
+    extra, absent = extra_metrics(cfg.extra)
 
     # 2) numbers; a row that could not be made has none, and says why
-    result = {"rows": {}, "intervals": {}, "per_clip": {clip["name"]: {} for clip in clips}}
-    for row in tqdm(ROWS, "measuring", leave=False):
+    result = {"rows": {}, "intervals": {}, "over_seeds": {}, "per_clip": {clip["name"]: {} for clip in clips},
+              "per_frame": {clip["name"]: {} for clip in clips}, "warnings": warnings, "absent": absent}
+    for row in tqdm(titles, "measuring", leave=False):
         if row not in made:
             result["rows"][row] = dict.fromkeys(COLUMNS) | {"reason": rows[row]}
             continue
-        with ThreadPoolExecutor(os.cpu_count()) as pool:        # numpy, torch and FFmpeg work side by side
-            values = list(pool.map(partial(score, row, rows.get(row)), made[row], clips))
+        seeds = []
+        for output in made[row]:
+            with ThreadPoolExecutor(os.cpu_count()) as pool:    # numpy, torch and FFmpeg work side by side
+                seeds.append(list(pool.map(partial(score, row, rows.get(row), cfg=cfg, extra=extra), output, clips)))
+        values = [{k: float(np.mean([seed[i][0][k] for seed in seeds])) for k in COLUMNS} for i in range(len(clips))]
         result["rows"][row], result["intervals"][row] = mean_row(values)
-        for clip, value in zip(clips, values, strict=True):
+        means = [mean_row([v for v, _ in seed])[0] for seed in seeds]
+        result["over_seeds"][row] = {k: float(np.std([m[k] for m in means], ddof=1)) if len(means) > 1 else math.nan
+                                     for k in COLUMNS}
+        for clip, value, (_, curves) in zip(clips, values, seeds[0], strict=True):
             result["per_clip"][clip["name"]][row] = value
+            result["per_frame"][clip["name"]][row] = curves
     result = plain(result | {"stamp": make_stamp(cfg, clips, rows, device)})
+    out.mkdir(parents=True, exist_ok=True)
     (out / "metrics.json").write_text(json.dumps(result, indent=2, allow_nan=False))
-    titles = {row: title.format(cfg.teacher_steps) for row, title in ROWS.items()}
+    print(*(f"warning: {w}" for w in warnings), sep="\n", end="\n" if warnings else "")
     print(table(result["rows"], titles))
 
     # 3) pictures
-    shown = [{"LR": clip["lr"], **{row: made[row][i][0] for row in made}} for i, clip in enumerate(clips)]
+    shown = [({"LR": clip["lr"]} if clip["lr"] is not None else {}) | {row: made[row][0][i][0] for row in made}
+             for i, clip in enumerate(clips)]
     names = [clip["name"] for clip in clips]
     report.write_panel(out / "panel.png", names, shown, titles)
     report.write_html(out / "report.html", names, shown, titles, COLUMNS, result)

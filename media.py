@@ -97,6 +97,13 @@ def survey(path):
     return dict(frames=len(times), cuts=cuts, times=times, problem=problems[-1] if problems else "")
 
 
+def lossless(path):
+    """Whether the first video stream of a file is in a codec that loses nothing."""
+    said = subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-i", path], capture_output=True).stderr
+    codec = re.search(rb"Video: (\w+)", said)
+    return bool(codec) and codec[1].decode() in {"ffv1", "huffyuv", "ffvhuff", "utvideo", "rawvideo", "png", "bmp"}
+
+
 def steady(times, fps):
     """Whether frames are shown at a constant rate: none is off by more than a quarter of a frame."""
     n = np.arange(len(times))

@@ -29,12 +29,12 @@ from einops import rearrange
 NULL, POSITIVE, NEGATIVE = 0, 1, 2      # prompt ids: no text, high quality, low quality
 AGAINST = NEGATIVE                      # the "null" of guidance, what it leaves: NULL [paper], NEGATIVE [SeedVR]
 
-# learned: prompts are parameters; otherwise they are read from a file. residual: see linear_velocity
+# learned: prompts are parameters; otherwise they are read from a file. residual: adds to linear_velocity
 MODELS = {
     "tiny":    dict(dim=128, layers=6, heads=4, ffn=512, text_dim=64, prompt_len=4, learned=True,        # 1.79 M
-                    residual=0.5),
+                    residual=True),
     "small":   dict(dim=512, layers=12, heads=8, ffn=2048, text_dim=256, prompt_len=8, learned=True,     # 52.96 M
-                    residual=0.5),
+                    residual=True),
     "wan1.3b": dict(dim=1536, layers=30, heads=12, ffn=8960, text_dim=4096, prompt_len=512, learned=False),  # 1419.10 M
 }
 
@@ -64,13 +64,13 @@ def to_eps(z_t, v, t):
 
 
 def linear_velocity(z_t, t, z_lr, variance):
-    """E[v | z_t, z_lr] if z_0 - z_lr were white noise of this variance: what needs no network.
+    """E[v | z_t, z_lr] if z_0 - z_lr were white noise of this variance, (C,): what needs no network.
 
     A small network that has to pass its noise through to its output, v = eps - z_0, leaves part of it in z_0 as grain.
     With this added to the output it only learns the rest: at t = 1 the sum is z_t - z_lr, so the one step starts from
     z_0 = z_lr; at t = 0 it is -z_t. The skip connection of EDM (Karras et al. 2022), for flow matching given z_lr.
     """
-    t = bcast(t, z_t)
+    t, variance = bcast(t, z_t), variance.view(1, -1, 1, 1, 1)
     k = (t - (1 - t) * variance) / (t.square() + (1 - t).square() * variance)
     return k * (z_t - (1 - t) * z_lr) - z_lr
 
@@ -211,9 +211,9 @@ class Head(nn.Module):
 class DiT(nn.Module):
     """The velocity v(z_t, t, z_lr, c) of a video diffusion transformer with Wan2.1's block and parameter names."""
 
-    def __init__(self, dim, layers, heads, ffn, text_dim, prompt_len, learned, residual=0.0, channels=16):
+    def __init__(self, dim, layers, heads, ffn, text_dim, prompt_len, learned, residual=False, channels=16):
         super().__init__()
-        self.residual = residual
+        self.register_buffer("residual", torch.full((channels,), 0.5) if residual else None)    # set by stage 0
         self.patch_embedding = nn.Conv3d(2 * channels, dim, (1, 2, 2), stride=(1, 2, 2))
         self.text_embedding = nn.Sequential(nn.Linear(text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim))
         self.time_embedding = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim))
@@ -261,7 +261,7 @@ class DiT(nn.Module):
             if i in taps:
                 features.append(x)
         v = rearrange(self.head(x, e), "B (T H W) (p q C) -> B C T (H p) (W q)", T=T, H=H, W=W, p=2, q=2)
-        if self.residual:
+        if self.residual is not None:
             v = v + linear_velocity(z, t, z_lr, self.residual)
         return (v, features) if taps else v
 

@@ -28,9 +28,19 @@ MEANING = {                     # what a reader of the table needs to know about
     "grid": "No reference: jumps across borders of 4 and 8 pixel blocks over jumps inside. 1 is no grid.",
     "lr_consistency": "PSNR of the output, shrunk again, against the input. Low: it shows something else. "
                       "Very high: it repeats the input's noise. The ground truth's own value is the mark.",
+    "seam": "The same across the borders of the network's tiles.",
+    "chunk": "Change into the first frame of a chunk over the change into all others. 1 is no jump.",
+    "shift": "How far the output lies from the ground truth, pixels, by phase correlation. 0.1 and less is none.",
+    "psnr_aligned": "PSNR after that shift is undone.",
+    "ssim_aligned": "SSIM after that shift is undone.",
     "calls": "Evaluations of the network for each window of the video.",
     "seconds": "Time for one clip on this machine, video code included.",
 }
+
+
+def truth(clip):
+    """What a clip's other pictures are compared with: the ground truth, or without one the output."""
+    return clip.get("HR", clip.get("pred"))
 
 
 # ----------------------------------------------------------------------------
@@ -57,13 +67,13 @@ def write_panel(path, names, shown, titles, size=160, zoom=2):
         draw.text((column * (side + 6) + side / 2, head / 2), title, "black", font, anchor="mm")
         for line, clip in enumerate(shown):
             corner = (column * (side + 6), head + line * (side + 6))
-            y, x = busiest(clip["HR"], size)
+            y, x = busiest(truth(clip), size)
             if row not in clip:
                 draw.rectangle((*corner, corner[0] + side - 1, corner[1] + side - 1), "#eeeeee")
                 draw.text((corner[0] + side / 2, corner[1] + side / 2), "not run", "#777777", font, anchor="mm")
                 continue
             frame = clip[row][len(clip[row]) // 2]
-            k = clip["HR"].shape[1] // frame.shape[0]                   # 4 for the LR, else 1
+            k = truth(clip).shape[1] // frame.shape[0]                   # 4 for the LR, else 1
             crop = Image.fromarray(frame[y // k:(y + size) // k, x // k:(x + size) // k])
             panel.paste(crop.resize((crop.width * k * zoom, crop.height * k * zoom), Image.NEAREST), corner)
     panel.save(path)
@@ -82,21 +92,23 @@ def embed(frame, kind="JPEG"):
 
 def profiles(clip):
     """x-t profile of each row: the pixel line that changes most in the truth, one line per frame -> {row: address}."""
-    y = int(np.abs(np.diff(metrics.luma(clip["HR"]), axis=0)).sum(axis=(0, 2)).argmax()) if len(clip["HR"]) > 1 else 0
-    return y, {row: embed(v[:, y * v.shape[1] // clip["HR"].shape[1]], "PNG") for row, v in clip.items()}
+    hr = truth(clip)
+    y = int(np.abs(np.diff(metrics.luma(hr), axis=0)).sum(axis=(0, 2)).argmax()) if len(hr) > 1 else 0
+    return y, {row: embed(v[:, y * v.shape[1] // hr.shape[1]], "PNG") for row, v in clip.items()}
 
 
 def page_clips(names, shown, budget):
     """What the page's script needs of each clip. As many frames, around the middle, as fit into budget bytes."""
     clips, steps = [], []
     for name, clip in zip(names, shown, strict=True):
-        count = len(clip["HR"])
+        hr = truth(clip)
+        count = len(hr)
         order = sorted(range(count), key=lambda t: abs(t - count // 2))         # middle first
         frames = {row: [embed(v[t], "PNG" if row == "LR" else "JPEG") for t in order] for row, v in clip.items()}
-        (y, xt), (cy, cx) = profiles(clip), busiest(clip["HR"], 96)
+        (y, xt), (cy, cx) = profiles(clip), busiest(hr, 96)
         budget -= sum(map(len, xt.values()))
         steps.append([sum(len(v[i]) for v in frames.values()) for i in range(count)])
-        clips.append(dict(name=name, size=clip["HR"].shape[2:0:-1], order=order, frames=frames, xt=xt, y=y,
+        clips.append(dict(name=name, size=hr.shape[2:0:-1], order=order, frames=frames, xt=xt, y=y,
                           spot=(cx + 48, cy + 48), count=count))
     fits = 1
     while fits < max(map(len, steps)) and sum(sum(s[:fits + 1]) for s in steps) <= budget:
@@ -122,7 +134,7 @@ def best_rows(rows, metric, direction):
 def html_table(rows, titles, columns):
     arrow = {"up": " \N{UPWARDS ARROW}", "down": " \N{DOWNWARDS ARROW}", "one": " \N{RIGHTWARDS ARROW}1", "": ""}
     best = {k: best_rows(rows, k, direction) for k, (_, direction, _) in columns.items()}
-    head = "".join(f'<th scope="col" title="{html.escape(MEANING[k])}">{heading}{arrow[direction]}</th>'
+    head = "".join(f'<th scope="col" title="{html.escape(MEANING.get(k, heading))}">{heading}{arrow[direction]}</th>'
                    for k, (heading, direction, _) in columns.items())
     lines = [f'<tr><td></td>{head}</tr>']
     for row, values in rows.items():
@@ -140,16 +152,23 @@ def html_table(rows, titles, columns):
 def write_html(path, names, shown, titles, columns, result):
     """result: what metrics.json holds. Everything the page needs is in the one file."""
     stamp = result["stamp"]
-    meaning = "".join(f"<dt>{columns[k][0]}</dt><dd>{html.escape(text)}</dd>" for k, text in MEANING.items())
+    columns = {k: v for k, v in columns.items() if any(x[k] is not None for x in result["rows"].values())}
+    meaning = "".join(f"<dt>{columns[k][0]}</dt><dd>{html.escape(MEANING[k])}</dd>" for k in columns if k in MEANING)
     clips = page_clips(names, shown, PAGE_BYTES - 100_000)
+    for clip in clips:
+        clip["curves"] = result["per_frame"][clip["name"]]
+    degraded = f"{stamp['degradation']['strength']} degradation, upscaled 4x. " if "degradation" in stamp else ""
+    warnings = "".join(f'<li>{html.escape(w)}</li>' for w in result["warnings"])
     fill = {
-        "ABOUT": f"{len(names)} clips, {stamp['config']['frames']} frames each, {stamp['degradation']['strength']} "
-                 f"degradation, upscaled 4x. Commit {html.escape(stamp['commit'])}, {html.escape(stamp['device'])}.",
+        "ABOUT": f"{len(names)} clips, {max(len(truth(c)) for c in shown)} frames each. {degraded}"
+                 f"Commit {html.escape(stamp['commit'])}, {html.escape(stamp['device'])}.",
+        "WARNINGS": f"<ul>{warnings}</ul>" if warnings else "",
         "TABLE": html_table(result["rows"], titles, columns),
         "MEANING": meaning,
         "STAMP": html.escape(json.dumps(stamp, indent=2)),
         # a script ends at the first "</", wherever it stands
-        "DATA": json.dumps({"titles": {"LR": "low resolution"} | titles, "clips": clips}).replace("</", "<\\/"),
+        "DATA": json.dumps({"titles": {"LR": "low resolution"} | titles, "clips": clips,
+                            "headings": {k: heading for k, (heading, _, _) in columns.items()}}).replace("</", "<\\/"),
     }
     page = (Path(__file__).parent / "report_page.html").read_text()
     for key, text in fill.items():

@@ -166,6 +166,8 @@ def main(cfg):
     net = M.build(cfg.model).to(device)
     if cfg.init:
         net.load_state_dict(M.load_checkpoint(cfg.init, "ema")[0].state_dict())
+    elif net.residual is not None:
+        net.residual.copy_(data.residual_variance(bank, vae, device))
     ema = deepcopy(net).requires_grad_(False)
     optimiser = torch.optim.AdamW(net.parameters(), lr=cfg.lr, weight_decay=0.01)
     parts = dict(net=net, ema=ema, vae=vae, optimiser=optimiser)

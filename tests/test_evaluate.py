@@ -56,7 +56,7 @@ def test_numbers_pages_and_cache(run, tmp_path, capsys):
     assert "stage2_dual.py" in result["rows"]["stage2"]["reason"]
     assert "stage2" not in result["per_clip"]["a"]
     assert result["rows"]["HR"]["psnr"] is None and result["rows"]["HR"]["flicker"] is not None
-    assert [result["rows"][r]["calls"] for r in ("bicubic", "teacher50", "teacher1", "stage1")] == [0, 12, 2, 1]
+    assert [result["rows"][r]["calls"] for r in ("bicubic", "teacher50", "teacher1", "stage1")] == [None, 12, 2, 1]
 
     # each row used its own checkpoint, part and steps
     w = evaluate.Config().cfg_w
@@ -77,6 +77,7 @@ def test_numbers_pages_and_cache(run, tmp_path, capsys):
 
     stamp = result["stamp"]
     assert [c["name"] for c in stamp["clips"]] == ["a.mkv", "b.mkv"] and stamp["clips"][0]["size"] == [64, 64]
+    assert len(stamp["clips"][0]["lr_sha256"]) == 64
     assert set(stamp["checkpoints"]) == {"teacher50", "teacher1", "stage1", "stage3"}
     assert all(len(s["sha256"]) == 64 for s in [*stamp["checkpoints"].values(), *stamp["clips"]])
     assert {"crop", "channel", "degradation", "versions", "commit", "command"} <= set(stamp)
@@ -166,3 +167,101 @@ def test_page_keeps_as_many_frames_as_fit(run):
     one = sum(len(v[0]) for v in whole["frames"].values())
     some = evaluate.report.page_clips(["a"], [clip], int(3.5 * one) + sum(map(len, whole["xt"].values())))[0]
     assert some["numbers"] == [3, 4, 5] and some["frames"]["HR"] == whole["frames"]["HR"][3:6]
+
+
+# ---------------------------------------------------------------------------- outputs of somebody else
+
+
+@pytest.fixture
+def outside(tmp_path, monkeypatch):
+    """Two outputs, lossless, that differ from their ground truth by 3 and by 6 levels; DOVE's folders; the inputs."""
+    monkeypatch.chdir(tmp_path)
+    for folder in ("up", "set/GT-Video", "set/LQ/a", "set/LQ/b"):
+        (tmp_path / folder).mkdir(parents=True)
+    for i, name in enumerate("ab"):
+        wide = texture(i, 96, 140) // 2 + 60
+        hr = np.stack([wide[:, t:t + 128] for t in range(FRAMES)])
+        media.write_video(tmp_path / f"set/GT-Video/{name}.mkv", hr, 24)
+        media.write_video(tmp_path / f"up/{name}.mkv", hr + np.uint8(3 * i + 3), 24)
+        for t, frame in enumerate(hr):
+            media.write_image(tmp_path / f"set/LQ/{name}/{t}.png", frame[::4, ::4])
+    return evaluate.Config(out="out", pred="up", gt="set", lr="set", seam=16, chunk=2)
+
+
+def read(folder="out"):
+    return json.loads(open(f"{folder}/report/metrics.json").read())
+
+
+def test_outputs_in_doves_folders(outside, tmp_path, capsys):
+    evaluate.main(outside)
+    result = read()
+    assert list(result["rows"]) == ["bicubic", "pred", "HR"] and result["warnings"] == []
+    for i, name in enumerate("ab"):                             # each number stands under its own clip's name
+        assert result["per_clip"][name]["pred"]["psnr"] == pytest.approx(20 * np.log10(255 / (3 * i + 3)), abs=1e-3)
+        assert len(result["per_frame"][name]["pred"]["psnr"]) == FRAMES
+        assert len(result["per_frame"][name]["pred"]["temporal"]) == FRAMES - 1
+    low, high = result["intervals"]["pred"]["psnr"]
+    assert low < result["rows"]["pred"]["psnr"] < high
+    values = result["rows"]["pred"]
+    assert values["shift"] == pytest.approx(0, abs=0.05) and values["psnr_aligned"] == values["psnr"]
+    assert values["lr_consistency"] > 10 and values["seam"] > 0 and values["chunk"] > 0
+    assert values["musiq"] is None and "--extra" in result["absent"]["musiq"]
+    assert {"crop", "channel", "range", "alignment", "versions", "commit", "command"} <= set(result["stamp"])
+    assert "musiq" not in capsys.readouterr().out.lower()       # no empty columns
+    page = (tmp_path / "out/report/report.html").read_text()
+    assert '"pred": "output"' in page and "{{" not in page
+
+
+def test_one_file_without_truth_or_input(outside):
+    outside.pred, outside.gt, outside.lr = "up/a.mkv", "", ""
+    evaluate.main(outside)
+    values = read()["rows"]["pred"]
+    assert values["psnr"] is None and values["flicker"] is not None
+
+
+def test_shift_is_named_and_undone(outside, tmp_path):
+    for name in "ab":
+        hr = media.read_video(tmp_path / f"set/GT-Video/{name}.mkv")
+        media.write_video(tmp_path / f"up/{name}.mkv", np.roll(hr, (2, -1), (1, 2)), 24)
+    evaluate.main(outside)
+    result = read()
+    assert any("-1.0 px right, +2.0 px down" in w for w in result["warnings"])
+    values = result["rows"]["pred"]
+    assert values["shift"] == pytest.approx(5 ** 0.5, abs=0.1) and values["psnr_aligned"] > values["psnr"] + 10
+
+
+def test_lossy_files_and_wrong_ranges_are_named(outside, tmp_path):
+    for name in "ab":
+        hr = media.read_video(tmp_path / f"set/GT-Video/{name}.mkv")
+        (tmp_path / f"up/{name}.mkv").unlink()
+        media.write_video(tmp_path / f"up/{name}.mp4", (hr * (219 / 255) + 16).round().astype(np.uint8), 24)
+    evaluate.main(outside)
+    warnings = " ".join(read()["warnings"])
+    assert "up/a.mp4: a lossy file" in warnings and "video range" in warnings and "GT-Video" not in warnings
+
+
+def test_what_cannot_be_compared_is_refused(outside, tmp_path):
+    hr = media.read_video(tmp_path / "set/GT-Video/a.mkv")
+
+    def refused(words):
+        with pytest.raises(SystemExit, match=words) as stop:
+            evaluate.main(outside)
+        assert "\n" not in str(stop.value)
+    media.write_video(tmp_path / "up/a.mkv", hr[:-1], 24)
+    refused("4 frames, its ground truth has 5")
+    media.write_video(tmp_path / "up/a.mkv", hr[:, :-2], 24)
+    refused("128x94, its ground truth 128x96")
+    (tmp_path / "up/a.mkv").rename(tmp_path / "up/c.mkv")
+    refused("nothing named c")
+    outside.pred = "nowhere"
+    refused("nowhere: no such")
+    assert not (tmp_path / "out/report/metrics.json").exists()
+
+
+def test_seeds_give_a_mean_and_a_spread(run):
+    cfg, calls = run
+    cfg.seeds = 2
+    evaluate.main(cfg)
+    result = read()
+    assert len(calls) == 2 * 8 and result["over_seeds"]["stage1"]["psnr"] == 0      # the stand-in knows no seed
+    assert result["over_seeds"]["bicubic"]["psnr"] is None

@@ -107,6 +107,37 @@ def test_other_size_is_refused(measure):
         measure(a, a[:1])
 
 
+@pytest.mark.parametrize("by", [(0, 0), (3, -4), (-1, 2), (0.5, -0.3), (1.7, 2.2), (-0.25, 0)])
+def test_shift_is_found_and_undone(pan, by):
+    """Drawn at ten times the size, moved there, shrunk: what a sampled camera would have seen."""
+    fine = np.kron(texture(5, 60, 80), np.ones((20, 20, 1))).astype(np.uint8)       # 1200 x 1600, blocks of 2 px
+    dy, dx = (round(10 * s) for s in by)
+    moved = np.roll(fine, (dy, dx), (0, 1))
+    b, a = (np.stack([np.asarray(Image.fromarray(x).resize((160, 120), Image.BICUBIC))] * 2) for x in (fine, moved))
+    assert metrics.shift(a, b) == pytest.approx(by, abs=0.1)
+    noisy = add(a, np.random.default_rng(0).normal(0, 5, a.shape))
+    assert metrics.shift(noisy, b) == pytest.approx(by, abs=0.1)
+    if any(by):
+        assert metrics.psnr(*metrics.unshift(a, b, by)) > metrics.psnr(a, b) + 5
+    flat = np.full((2, 32, 32, 3), 7, np.uint8)
+    assert np.isnan(metrics.shift(flat, flat)).all()
+
+
+def test_levels_name_the_range(pan):
+    assert metrics.levels(pan, pan) == pytest.approx((1, 0), abs=1e-3)
+    squeezed = (pan * (219 / 255) + 16).round().astype(np.uint8)
+    assert metrics.levels(squeezed, pan) == pytest.approx((219 / 255, 16), abs=0.3)
+
+
+def test_chunk_jump():
+    still = np.stack([texture(0, 32, 32)] * 25).astype(int)
+    frames = still + (np.arange(25) % 2)[:, None, None, None]                       # every change is one level
+    assert metrics.chunk_jump(frames.astype(np.uint8), 12) == pytest.approx(1, abs=0.01)
+    frames = frames + 4 * (np.arange(25) // 12 % 2)[:, None, None, None]            # and four more at 12 and 24
+    assert metrics.chunk_jump(frames.astype(np.uint8), 12) > 2.5
+    assert np.isnan(metrics.chunk_jump(still[:12].astype(np.uint8), 12))
+
+
 # ----------------------------------------------------------------------------
 # no reference
 
