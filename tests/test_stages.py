@@ -113,6 +113,18 @@ def test_stage0_goes_on_from_a_checkpoint(chain, tmp_path):
     assert all((old["ema"][k] - new["net"][k]).abs().max() < 1e-6 for k in old["ema"])
 
 
+def test_stage0_measures_the_residual(chain, tmp_path, monkeypatch):
+    """The presets' linear velocity gets the mean square of z_hr - z_lr, channel by channel; all stages load it."""
+    monkeypatch.setitem(M.MODELS, "tiny", SMALL_MODEL | {"residual": True})
+    cfg = fork(chain, stage0, tmp_path, [], steps=1)
+    stage0.main(cfg)
+    net, vae, _ = M.load_checkpoint(f"{cfg.out}/stage0/last.pt", "ema")
+    bank, _ = data.training_bank(cfg, 0)
+    hr, lr = bank.batch(0, 3)
+    residual = vae.encode(hr) - vae.encode(data.upsample(lr, hr.shape[-2:]))
+    torch.testing.assert_close(net.residual, residual.square().mean((0, 2, 3, 4)), rtol=0.2, atol=0.01)
+
+
 def test_stage1_phases(chain, tmp_path, monkeypatch):
     """CFG distillation first, then the grid; the teacher is the last student; Adam starts afresh in each phase."""
     cfg = fork(chain, stage1, tmp_path, ["stage0"])
@@ -243,7 +255,8 @@ def test_streams_share_one_noised_sample_and_the_pair_its_noise(chain, tmp_path,
     monkeypatch.setattr(M, "one_step", spied_one)
     stage2.main(cfg)
     updates = cfg.aux_warmup + 4 * cfg.steps
-    assert len(noised) == 2 * updates and len(made) == updates
+    assert len(noised) == 2 * updates + 1 and len(made) == updates + 1      # the last is the panel's
+    noised, made = noised[:-1], made[:-1]
     for k, (first, second) in enumerate(zip(noised[::2], noised[1::2], strict=True)):
         assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
         assert not torch.equal(first[0], made[k]) and (k == 0 or not torch.equal(first[1], noised[2 * k - 2][1]))
@@ -316,7 +329,7 @@ def test_dpo_variants(chain, tmp_path, changes, zero):                          
 
 
 def test_dpo_moves_towards_the_winner(chain, tmp_path):
-    cfg = fork(chain, stage3, tmp_path, ["stage0", "stage1", "stage2"], steps=6, anchor=0.0)
+    cfg = fork(chain, stage3, tmp_path, ["stage0", "stage1", "stage2"], steps=30, anchor=0.0)
     stage3.main(cfg)
     pairs = torch.load(f"{cfg.out}/stage3/pairs.pt", weights_only=True)
     box = (..., slice(0, 2), slice(0, 8), slice(0, 8))
