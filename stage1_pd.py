@@ -39,12 +39,12 @@ class Config:
     resume: bool = False            # continue from the last checkpoint
     seed: int = 0                   # of clips and noise
     batch: int = 4                  # crops per process
-    cfg_w: float = 2.0              # guidance weight, the usual scale is 1 + w [ours; not in the paper's summary]
+    cfg_w: float = 1.0              # guidance weight, the usual scale is 1 + w [ours; not in the paper's summary]
     cfg_steps: int = 60             # steps of CFG distillation [not in the paper's summary]
     cfg_lr: float = 1e-4            # its learning rate, linear to 0 [ours]
     pd_grid: tuple = (64, 32, 16, 8, 4, 2, 1)   # Euler steps of each teacher, and of the last student [paper]
     steps_per_phase: int = 60       # steps until the student becomes the teacher [paper: 500]
-    pd_lr: float = 5e-4             # learning rate, linear to 0 in each phase [ours; Salimans & Ho do so]
+    pd_lr: float = 5e-4             # learning rate of the last phase, linear to 0 in each; / sqrt(n) at n steps [ours]
     pd_space: str = "v"             # "v": compare velocities [Salimans & Ho]; "z": compare end points [paper]
     shift: float = 1.0              # time shift of all grids; they nest only if it never changes [Wan: 5 for 720p]
     log_every: int = 10             # steps between log lines
@@ -148,9 +148,11 @@ def main(cfg):
             if phase == 0:
                 cfg_net.load_state_dict(student.state_dict())
             optimiser.state.clear()
-        fraction = k / cfg.steps_per_phase if phase >= 0 else step / cfg.cfg_steps
+        n = cfg.pd_grid[phase + 1] if phase >= 0 else 0                 # steps of this phase's student
+        # the more steps, the less two of them differ from one, and the less Adam's own noise may move the student
+        peak, fraction = (cfg.pd_lr / n ** 0.5, k / cfg.steps_per_phase) if n else (cfg.cfg_lr, step / cfg.cfg_steps)
         for group in optimiser.param_groups:
-            group["lr"] = (cfg.pd_lr if phase >= 0 else cfg.cfg_lr) * (1 - fraction)
+            group["lr"] = peak * (1 - fraction)
 
         # 2) one step towards the teacher: its guided velocity, or two of its steps in one
         hr, lr = (x.to(device) for x in bank.batch((step * world + rank) * cfg.batch, cfg.batch))
@@ -165,7 +167,6 @@ def main(cfg):
         if phase < 0:
             t = t_end = M.time_shift(u, cfg.shift)
         else:
-            n = cfg.pd_grid[phase + 1]                                  # steps of this phase's student
             t, t_mid, t_end = pd_times(u, n, cfg.shift)
         z_t = M.add_noise(z_0, eps, t)                                  # at n = 1 this is eps: HR plays no part
         with torch.no_grad():
@@ -188,12 +189,12 @@ def main(cfg):
             if phase < 0:                                               # how far v_cfg is from v_c at all
                 values["guidance"] = common.mean((target - v_start).square().mean() / v_start.square().mean())
             if rank == 0:
-                common.log(out_dir, bar, done, **values, student_steps=0 if phase < 0 else n, grad_norm=norm.item())
+                common.log(out_dir, bar, done, **values, student_steps=n, grad_norm=norm.item())
         if rank == 0 and (done % cfg.save_every == 0 or ends):
             common.save(f"{out_dir}/last.pt", cfg, "stage1", done, total, **parts)
         if rank == 0 and ends and (phase < 0 or n <= 8):                # longer grids cost more than they tell
             z_0, z_lr, eps = data.panel_batch(bank, vae, clip, cfg.seed, device)
-            n = 8 if phase < 0 else n
+            n = n or 8
             with torch.no_grad(), autocast:
                 before = M.sample(teacher, eps, z_lr, 2 * n if phase >= 0 else 8, cfg.shift)
                 after = M.sample(student, eps, z_lr, n, cfg.shift)

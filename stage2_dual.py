@@ -54,7 +54,7 @@ class Config:
     t_max: float = 0.98             # a narrower range, such as 0.7, keeps closer to the LR [DMD2]
     shift: float = 1.0              # shift of the score times [ours; 5 at 1.3B: Self-Forcing]
     real_score: str = "cfg"         # "cfg": CFG-distilled, one pass; "teacher": stage 0 with guidance, two [ours]
-    real_w: float = 2.0             # guidance weight of real_score "teacher" [ours]
+    real_w: float = 1.0             # guidance weight of real_score "teacher" [ours]
     fm_norm: str = "mse"            # L_FM: "mse" [paper] or "l1" [SeedVR2]
     pooled: bool = False            # one logit per clip [DMD2] instead of one per patch
     gan_same_noise: bool = True     # HR and student sample share t and eps; L_FM needs it [ours]
