@@ -212,10 +212,10 @@ def main(cfg):
             z_0, z_lr, eps = data.panel_batch(bank, vae, clip, cfg.seed, device)
             with torch.no_grad(), autocast:
                 few, many = (M.sample(ema, eps, z_lr, steps) for steps in (1, 8))
-                guided = M.sample(ema, eps, z_lr, 8, w=2.0)
+                guided = M.sample(ema, eps, z_lr, 8, w=1.0)
             common.panel(f"{out_dir}/panel.png", {
                 "LR": vae.decode(z_lr), "1 step": vae.decode(few), "8 steps": vae.decode(many),
-                "8 steps, w = 2": vae.decode(guided), "HR, coded": vae.decode(z_0)})
+                "8 steps, w = 1": vae.decode(guided), "HR, coded": vae.decode(z_0)})
     common.cleanup()
 
 
