@@ -227,8 +227,11 @@ def jobs(source, target):
         return [(files, target)]
     if target.suffix:
         raise ValueError(f"{target}: {source} holds {len(files)} separate files; name a folder")
-    return [(path, target / (path.stem + (".mp4" if path.suffix.lower() in media.VIDEOS else ".png")))
-            for path in files]
+    outputs = [target / (p.stem + (".mp4" if p.suffix.lower() in media.VIDEOS else ".png")) for p in files]
+    for i, path in enumerate(outputs):
+        if path in outputs[:i]:
+            raise ValueError(f"{files[i]}: its output {path} is also that of {files[outputs.index(path)].name}; rename one")
+    return list(zip(files, outputs, strict=True))
 
 
 def run(source, target, upscaler, args, stamp):

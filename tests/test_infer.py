@@ -234,6 +234,9 @@ def test_folders(plain, tmp_path):
     with pytest.raises(SystemExit, match="1 of 3"):
         infer.main([str(tmp_path / "mixed"), str(tmp_path / "done")])
     assert sorted(p.name for p in (tmp_path / "done").iterdir()) == ["cat.png", "walk.mp4"]
+    Image.fromarray(frames[0]).save(tmp_path / "mixed/cat.png")
+    with pytest.raises(SystemExit, match="also that of cat.jpg"):
+        infer.main([str(tmp_path / "mixed"), str(tmp_path / "again")])
 
 
 def test_one_picture(plain, tmp_path):
