@@ -230,7 +230,8 @@ def jobs(source, target):
     outputs = [target / (p.stem + (".mp4" if p.suffix.lower() in media.VIDEOS else ".png")) for p in files]
     for i, path in enumerate(outputs):
         if path in outputs[:i]:
-            raise ValueError(f"{files[i]}: its output {path} is also that of {files[outputs.index(path)].name}; rename one")
+            first = files[outputs.index(path)].name
+            raise ValueError(f"{files[i]}: its output {path} is also that of {first}; rename one")
     return list(zip(files, outputs, strict=True))
 
 
