@@ -1,4 +1,4 @@
-# make demo    stages I to III from the teacher that ships, one clip upscaled, every stage measured (15 min, 2 cores)
+# make demo    stages I to III, shortened, from the teacher that ships, one clip upscaled, all measured (15 min, 2 cores)
 # make test    lint and every test (6 min, 2 cores)
 # make clean   remove what the demo wrote
 
@@ -10,9 +10,9 @@ RUN     = .venv/bin/python
 TRAIN   = OMP_NUM_THREADS=1 .venv/bin/torchrun --standalone --nproc_per_node=2
 
 demo: .venv/ready
-	$(TRAIN) stage1_pd.py --out $(OUT) --batch 2 --resume
-	$(TRAIN) stage2_dual.py --out $(OUT) --batch 2 --resume
-	$(TRAIN) stage3_dpo.py --out $(OUT) --batch 2 --resume
+	$(TRAIN) stage1_pd.py --out $(OUT) --batch 2 --steps_per_phase 45 --resume
+	$(TRAIN) stage2_dual.py --out $(OUT) --batch 2 --steps 30 --aux_warmup 20 --resume
+	$(TRAIN) stage3_dpo.py --out $(OUT) --batch 2 --steps 30 --pairs 10 --resume
 	$(RUN) infer.py samples/lr/apple.mp4 $(OUT)/upscaled.mp4 --ckpt $(OUT)/stage3/last.pt
 	$(RUN) evaluate.py --out $(OUT) $(EVAL)
 

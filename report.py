@@ -34,7 +34,7 @@ MEANING = {                     # what a reader of the table needs to know about
     "psnr_aligned": "PSNR after that shift is undone.",
     "ssim_aligned": "SSIM after that shift is undone.",
     "calls": "Evaluations of the network for each window of the video.",
-    "seconds": "Time for one clip on this machine, video code included.",
+    "seconds": "Time for one clip, video code included; on a CPU as many clips at once as there are cores.",
 }
 
 
