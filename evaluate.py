@@ -79,8 +79,7 @@ ROWS = {                            # in the order of the table
     "HR":       "ground truth",
 }
 PRED_ROWS = {"bicubic": "bicubic", "pred": "output", "HR": "ground truth"}
-EXTRA = {"musiq": "musiq", "clipiqa": "clipiqa", "lpips": "lpips", "dists": "dists"}        # column: name in pyiqa
-LOSSLESS = {".png", ".bmp", ""}     # and videos in a lossless codec; "" is a folder, of which the frames are judged
+EXTRA = ("musiq", "clipiqa", "lpips", "dists")      # columns, by their names in pyiqa
 COLUMNS = {                         # metric: (heading, direction in which it gets better, digits)
     "psnr":           ("PSNR", "up", 2),
     "psnr_y":         ("PSNR-Y", "up", 2),
@@ -205,9 +204,10 @@ def outputs(row, source, clips, folder, seed, device):
     upscaler = infer.load(source["path"], source["part"], device) if source and missing else None
     # on a CPU a clip per core: two clips on one thread each are sooner done than one after the other on two
     workers = min(os.cpu_count(), len(missing) or 1) if device.type == "cpu" else 1
+    threads = torch.get_num_threads()
 
     def make_clip(i):
-        torch.set_num_threads(max(1, os.cpu_count() // workers))
+        torch.set_num_threads(max(1, threads // workers))
         clip, start = clips[i], time.perf_counter()
         frames = upscale_bicubic(clip["lr"]) if source is None else data.to_uint8(
             upscaler(clip["lr"], steps=source["steps"], w=source["w"], seed=seed))
@@ -237,9 +237,10 @@ def score(row, source, output, clip, cfg, extra):
         values |= {"psnr_y": metrics.psnr(frames, hr, "y"), **metrics.vmaf(frames, hr)}
         dy, dx = metrics.shift(frames, hr)
         values["shift"] = math.hypot(dy, dx)
-        aligned = metrics.unshift(frames, hr, (dy, dx)) if values["shift"] > 0.1 else (frames, hr)
-        values |= {"psnr_aligned": metrics.psnr(*aligned), "ssim_aligned": metrics.ssim(*aligned)}
-        values["temporal_ratio"] = metrics.temporal(frames, hr) / moves if moves else nan
+        aligned = metrics.unshift(frames, hr, (dy, dx)) if values["shift"] > 0.1 else None
+        for k, measure in (("psnr", metrics.psnr), ("ssim", metrics.ssim)):
+            values[f"{k}_aligned"] = measure(*aligned) if aligned else float(np.mean(curves[k]))
+        values["temporal_ratio"] = float(np.mean(curves["temporal"])) / moves if moves > 0 else nan
     if row != "HR":
         values |= {"seconds": seconds, "calls": source["steps"] * (2 if source["w"] else 1) if source else nan}
     values |= {"flicker": metrics.flicker(frames), "grid": metrics.grid(frames),
@@ -259,11 +260,11 @@ def extra_metrics(wanted):
     except ImportError:
         return {}, dict.fromkeys(EXTRA, "pyiqa is not installed: pip install pyiqa (non-commercial licence)")
     found, absent = {}, {}
-    for column, name in EXTRA.items():
+    for name in EXTRA:
         try:
             metric = pyiqa.create_metric(name)
         except Exception as error:                              # it downloads weights, which fails in many ways
-            absent[column] = f"pyiqa cannot make it ({str(error).splitlines()[0][:80]})"
+            absent[name] = f"pyiqa cannot make it ({str(error).splitlines()[0][:80]})"
             continue
 
         def measure(frames, hr, metric=metric):
@@ -272,7 +273,7 @@ def extra_metrics(wanted):
                 pairs = [] if y is None else zip(x, y, strict=True)
                 return float(np.mean([metric(a[None], b[None]).item() for a, b in pairs] or math.nan))
             return float(np.mean([metric(a[None]).item() for a in x]))
-        found[column] = measure
+        found[name] = measure
     return found, absent
 
 
@@ -353,9 +354,18 @@ def named(root, *inside):
 
 
 def read_frames(path):
-    if path.is_dir():
-        return np.stack([media.read_image(p) for p in media.files_in(path, media.IMAGES)])
-    return media.read_image(path)[None] if path.suffix.lower() in media.IMAGES else media.read_video(path)
+    """(frames uint8 (F, H, W, 3), whether a codec may have changed them) of a video, a picture or a frame folder."""
+    files = media.files_in(path, media.IMAGES) if path.is_dir() else [path]
+    lossy = any(p.suffix.lower() not in {".png", ".bmp"} for p in files)
+    try:
+        if files[0].suffix.lower() not in media.IMAGES:
+            return media.read_video(path), not media.lossless(path)
+        frames = [media.read_image(p) for p in files]
+    except ValueError as error:
+        raise SystemExit(f"{error}; remove it or repair it") from None
+    if len({x.shape for x in frames}) > 1:
+        raise SystemExit(f"{path}: frames of several sizes; one clip has one")
+    return np.stack(frames), lossy
 
 
 def read_outputs(cfg):
@@ -372,16 +382,16 @@ def read_outputs(cfg):
         for root, others in ((cfg.gt, truths), (cfg.lr, inputs)):
             if root and name not in others:
                 raise SystemExit(f"{root}: nothing named {name}, which {cfg.pred} has")
-        pred, hr, lr = (None if p is None else read_frames(p) for p in (path, truths.get(name), inputs.get(name)))
+        files = [path, truths.get(name), inputs.get(name)]
+        (pred, _), (hr, _), (lr, _) = read = [read_frames(p) if p else (None, False) for p in files]
         for other, what in ((hr, "ground truth"), (lr, "input")):
             if other is not None and len(other) != len(pred):
                 raise SystemExit(f"{path}: {len(pred)} frames, its {what} has {len(other)}; compare whole clips")
         if hr is not None and hr.shape != pred.shape:
             raise SystemExit(f"{path}: {pred.shape[2]}x{pred.shape[1]}, its ground truth {hr.shape[2]}x{hr.shape[1]}; "
                              "nothing is cut to fit")
-        for p in filter(None, (path, truths.get(name))):
-            if p.suffix.lower() not in LOSSLESS and not media.lossless(p):
-                warnings.append(f"{p}: a lossy file; the scores include what its codec lost")
+        warnings += [f"{p}: a lossy file; the scores include what its codec lost"
+                     for p, (_, lossy) in zip(files[:2], read[:2], strict=True) if lossy]
         if hr is not None:
             dy, dx = metrics.shift(pred, hr)
             gain, offset = metrics.levels(*metrics.unshift(pred, hr, (dy, dx))) if math.hypot(dy, dx) > 0.25 else \

@@ -1,7 +1,7 @@
 """
 Video files and pictures, in and out: FFmpeg through pipes, nothing else.
 
-Reading   video_info, survey, stream, read_video, read_image, pictures_in
+Reading   video_info, survey, stream, read_video, read_image, files_in
 Writing   write_video for a clip in memory; Unfinished for an output that is made piece by piece
 
 Frames are uint8 (F, H, W, 3) RGB, upright. Rates are exact Fractions. What cannot be read or written is a ValueError
@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import tempfile
 import uuid
+from contextlib import contextmanager
 from fractions import Fraction
 from functools import lru_cache
 from itertools import chain
@@ -212,17 +213,13 @@ def encode(path, frames, fps, crf=10, aspect="1:1", times=None):
             raise ValueError(f"{path}: not written ({reason[-1]})")
 
 
-def beside(path):
-    """A name in the same folder that nobody uses; to be renamed to path when the file is whole."""
+@contextmanager
+def whole(path):
+    """A name in the same folder to write to: it becomes path when the block ends well, and is gone when it does not."""
     path = Path(path)
-    return path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}{path.suffix}")
-
-
-def write_video(path, frames, fps, crf=10):
-    """encode() frames to path, which appears only when it is whole."""
-    tmp = beside(path)
+    tmp = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}{path.suffix}")
     try:
-        encode(tmp, frames, Fraction(fps).limit_denominator(100000), crf)
+        yield tmp
         os.replace(tmp, path)
     except ValueError as e:
         raise ValueError(str(e).replace(str(tmp), str(path))) from None
@@ -230,16 +227,19 @@ def write_video(path, frames, fps, crf=10):
         tmp.unlink(missing_ok=True)
 
 
+def write_video(path, frames, fps, crf=10):
+    """encode() frames to path, which appears only when it is whole."""
+    with whole(path) as tmp:
+        encode(tmp, frames, Fraction(fps).limit_denominator(100000), crf)
+
+
 def write_image(path, frame):
     """Write uint8 (H, W, 3) to path, which appears only when it is whole."""
-    tmp = beside(path)
     try:
-        Image.fromarray(frame).save(tmp)
-        os.replace(tmp, path)
+        with whole(path) as tmp:
+            Image.fromarray(frame).save(tmp)
     except (OSError, ValueError) as e:
         raise ValueError(f"{path}: not written ({e})") from None
-    finally:
-        tmp.unlink(missing_ok=True)
 
 
 class Unfinished:
@@ -287,9 +287,8 @@ class Unfinished:
         """Add a piece, uint8 (F, H, W, 3), that begins with frame `first`."""
         files = self._files(first, len(frames))
         if self.video:
-            tmp = beside(files[0])
-            encode(tmp, frames, fps, aspect=aspect, times=None if times is None else [t - times[0] for t in times])
-            os.replace(tmp, files[0])
+            with whole(files[0]) as tmp:
+                encode(tmp, frames, fps, aspect=aspect, times=None if times is None else [t - times[0] for t in times])
         else:
             for path, frame in zip(files, frames, strict=True):
                 write_image(path, frame)
@@ -313,9 +312,9 @@ class Unfinished:
         # the container of a piece may round times: frame N is shown at N / fps, exactly
         n, ticks = f"N+{round(begin * fps)}", f"{1 / fps}/TB"
         clock = [] if times else ["-bsf:v", f"setts=ts=round(({n})*{ticks}):duration=round({ticks})"]
-        inputs, tmp = ["-itsoffset", begin, "-f", "concat", "-i", listed], beside(self.target)
+        inputs = ["-itsoffset", begin, "-f", "concat", "-i", listed]
         inputs += ["-i", source, "-map", "0:v", "-map", "1:a?"] if source else []
-        try:
+        with whole(self.target) as tmp:
             for codec in ("copy", "aac"):                       # some sound does not fit into some containers
                 try:
                     ffmpeg(["-y", *inputs, "-c:v", "copy", "-c:a", codec, *clock, "-movflags", "+faststart", tmp])
@@ -324,7 +323,4 @@ class Unfinished:
                     reason = e
             else:
                 raise ValueError(f"{self.target}: not written ({reason})")
-            os.replace(tmp, self.target)
-        finally:
-            tmp.unlink(missing_ok=True)
         shutil.rmtree(self.folder)

@@ -257,6 +257,13 @@ def test_what_cannot_be_compared_is_refused(outside, tmp_path):
     refused("nothing named c")
     outside.pred = "nowhere"
     refused("nowhere: no such")
+    outside.pred, outside.gt, outside.lr = "up/b.mkv", "", ""
+    (tmp_path / "up/b.mkv").write_bytes(b"not a video")
+    refused("b.mkv: not readable")
+    outside.pred = "set/LQ/a"
+    media.write_image(tmp_path / "set/LQ/a/4.png", hr[0])
+    outside.pred = "set/LQ"
+    refused("a: frames of several sizes")
     assert not (tmp_path / "out/report/metrics.json").exists()
 
 
