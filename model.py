@@ -19,6 +19,7 @@ At the presets tiny and small its output is added to a velocity that needs no ne
 """
 import functools
 import itertools
+import math
 import os
 
 import torch
@@ -359,31 +360,41 @@ def tiled(net, tile, overlap=(1, 4, 4), at_once=8):
 
 
 class PatchVAE(nn.Module):
-    """A linear code of 4 x 4 x 4 pixel patches (PCA), decoded by its inverse plus a small convolutional correction.
+    """A linear video code: PCA of 4 x 4 x 4 pixel patches that overlap, in closed form; the decoder is its transpose.
 
-    The first frame is repeated to fill its patch, so F = 4 (T - 1) + 1. The correction sees neighbouring patches:
-    without it the code shows its own 4 px grid. Latents have mean square 1 over all channels; a channel's standard
-    deviation goes with the square root of its pixels'. `fit` must be called, or weights be loaded, before use.
+    The first frame is repeated to fill its patch, so F = 4 (T - 1) + 1. Patches that only touch would show as a grid:
+    what a network adds in one does not continue in the next. So the two pixels on either side of every border between
+    patches are first turned into each other (`lap`), and each latent draws a patch of 8 x 8 pixels that fades out: a
+    lapped orthogonal transform (Malvar 1990; as a filter before the blocks, Tran, Liang and Tu 2003).
+    Latents have mean square 1 over all channels; a channel's standard deviation goes with the square root of its
+    pixels'. `fit` must be called, or weights be loaded, before use.
     """
     stride, channels = 4, 16
+    angle = 0.44        # radians; the reconstruction's jumps across borders then equal those inside (pi / 8: JPEG XR)
 
-    def __init__(self, width=96):
+    def __init__(self):
         super().__init__()
         self.register_buffer("mean", torch.zeros(192))
         self.register_buffer("basis", torch.zeros(192, 16))
         self.register_buffer("scale", torch.ones(16))
-        self.correct = nn.Sequential(
-            nn.Conv3d(16, width, 3, padding=1), nn.SiLU(),
-            nn.Conv3d(width, width, (1, 3, 3), padding=(0, 1, 1)), nn.SiLU(),
-            nn.Conv3d(width, width, (3, 1, 1), padding=(1, 0, 0)), nn.SiLU(),
-            nn.Conv3d(width, 192, (1, 3, 3), padding=(0, 1, 1)))
-        nn.init.zeros_(self.correct[-1].weight)
-        nn.init.zeros_(self.correct[-1].bias)
+        c, s = math.cos(self.angle), math.sin(self.angle)
+        halves = torch.tensor([[1., 0, 0, 1], [0, 1, 1, 0], [1, 0, 0, -1], [0, 1, -1, 0]]) / 2 ** 0.5
+        rotation = torch.block_diag(torch.eye(2), torch.tensor([[c, -s], [s, c]]))
+        self.register_buffer("turn", halves.T @ rotation @ halves, persistent=False)    # orthogonal, (4, 4)
+
+    def lap(self, video, turn):
+        """Multiply the four pixels around every patch border by turn (4, 4), along height, then width."""
+        for axis in (-2, -1):
+            x = video.movedim(axis, -1)
+            around = (x[..., 2:-2].unflatten(-1, (-1, 4)) @ turn.T).flatten(-2)
+            video = torch.cat([x[..., :2], around, x[..., -2:]], dim=-1).movedim(-1, axis)
+        return video
 
     def patches(self, video):
         """(B, 3, F, 4H, 4W) -> (B, T, H, W, 192)."""
         if (video.shape[2] - 1) % 4 or video.shape[3] % 4 or video.shape[4] % 4:
             raise ValueError(f"video {tuple(video.shape)}: F must be 4 n + 1, height and width multiples of 4")
+        video = self.lap(video, self.turn)
         video = torch.cat([video[:, :, :1].expand(-1, -1, 3, -1, -1), video], dim=2)
         return rearrange(video, "B c (T f) (H p) (W q) -> B T H W (c f p q)", f=4, p=4, q=4)
 
@@ -393,7 +404,9 @@ class PatchVAE(nn.Module):
         self.mean.copy_(x.mean(0))
         variance, vectors = torch.linalg.eigh(torch.cov(x.T))           # ascending
         std = variance[-16:].flip(0).clamp_min(1e-8).sqrt()
-        self.basis.copy_(vectors[:, -16:].flip(1))
+        vectors = vectors[:, -16:].flip(1)
+        largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
+        self.basis.copy_(vectors * largest.sign())                      # an eigenvector has no sign of its own
         share = std ** 0.5
         self.scale.copy_(std / (share / share.square().mean().sqrt()))  # latent std = share, mean square 1
 
@@ -404,9 +417,9 @@ class PatchVAE(nn.Module):
 
     def decode(self, z):
         """(B, 16, T, H, W) -> (B, 3, F, 4H, 4W)."""
-        linear = rearrange(z, "B C T H W -> B T H W C") * self.scale @ self.basis.T + self.mean
-        x = linear + rearrange(self.correct(z), "B D T H W -> B T H W D")
-        return rearrange(x, "B T H W (c f p q) -> B c (T f) (H p) (W q)", c=3, f=4, p=4, q=4)[:, :, 3:]
+        x = rearrange(z, "B C T H W -> B T H W C") * self.scale @ self.basis.T + self.mean
+        x = rearrange(x, "B T H W (c f p q) -> B c (T f) (H p) (W q)", c=3, f=4, p=4, q=4)[:, :, 3:]
+        return self.lap(x, self.turn.T)
 
 
 # ----------------------------------------------------------------------------

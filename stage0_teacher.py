@@ -7,20 +7,18 @@ The paper starts from such a model and does not describe its training; this one 
     python stage0_teacher.py --init weights/tiny_teacher.pt --data FOLDER       # more training, on your own footage
 
 Reads   the videos and photographs under --data; the checkpoint --init, if one is named.
-Writes  out/<preset>/stage0/last.pt: net, ema (the teacher that stage I reads), vae, optimiser; vae.pt, run.json,
-        log.jsonl, panel.png, loss.png.
+Writes  out/<preset>/stage0/last.pt: net, ema (the teacher that stage I reads), vae, optimiser; run.json, log.jsonl,
+        panel.png, loss.png.
 
 Differs from the paper: (1) trained from scratch, with a linear patch code in place of its video VAE, at the presets
 tiny and small; (2) two learned prompts, "high quality" and "low quality", in place of captions: clips that carry the
 second one are softened, so that classifier-free guidance has a direction (as SUPIR does with images).
 """
-import os
 from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
@@ -51,9 +49,6 @@ class Config:
     negative: float = 0.25          # share of clips with softened target and the negative prompt [SUPIR]
     lr_noise: float = 0.1           # z_lr <- (1 - a) z_lr + a n, a ~ U(0, lr_noise) [SeedVR: 0.25]
     shift: float = 1.0              # time shift of the training times, uniform at 1 [SeedVR: 5 for large videos]
-    vae_steps: int = 900            # steps that fit the decoder of the patch code
-    vae_jumps: float = 10.0         # weight of the decoder's second term, against its own grid [ours]
-    vae_noise: float = 0.15         # noise on its latents, up to this standard deviation
     compile: bool = False           # torch.compile: 1.4 times as fast on a CPU with g++, after a minute or two
     log_every: int = 20             # steps between log lines
     save_every: int = 500           # steps between checkpoints and panels
@@ -96,49 +91,9 @@ def soften(video, sigma):
     return flat.transpose(0, 1).unflatten(1, (3, -1))
 
 
-def jumps(video, block=32):
-    """Mean absolute jump between neighbouring pixels: (6, n) for n blocks of block x block pixels of the whole clip.
-
-    Rows: along time, height, width; for each the jumps across the borders of 4 x 4 x 4 patches, then those inside.
-    video: (B, 3, F, H, W), F = 4 k + 1 with k > 0: the first frame is a patch of its own.
-    """
-    blocks = rearrange(video, "B c F (y p) (x q) -> (B y x) F c p q", p=block, q=block)
-    means = []
-    for axis, first in ((1, 0), (3, 3), (4, 3)):
-        jump = blocks.diff(dim=axis).abs().transpose(1, axis).flatten(2).mean(2)            # (n, neighbours)
-        border = torch.arange(jump.shape[1], device=video.device) % 4 == first
-        means += [jump[:, border].mean(1), jump[:, ~border].mean(1)]
-    return torch.stack(means)
-
-
 def learning_rate(step, cfg):
     """Linear warm-up, constant, linear decay to 0 over the last share of the steps."""
     return cfg.lr * min(1, (step + 1) / max(1, cfg.warmup), (cfg.steps - step) / max(1, cfg.decay * cfg.steps))
-
-
-def fit_vae(bank, cfg, device):
-    """The video code: PCA in closed form, then the decoder's correction on noisy latents.
-
-    Squared error alone leaves a grid: what the code drops lies inside the patches, so their insides come out smoother
-    than their borders. The second term asks for as much change as the ground truth has, on borders and inside.
-    """
-    common.reseed(cfg.seed, "vae")
-    vae = M.PatchVAE().to(device)
-    hr, _ = bank.batch(0, min(64, len(bank)))
-    vae.fit(hr.to(device))
-    optimiser = torch.optim.Adam(vae.correct.parameters(), lr=2e-3)
-    for step in tqdm(range(cfg.vae_steps), "video code", dynamic_ncols=True):
-        for group in optimiser.param_groups:
-            group["lr"] = 2e-3 * (1 - step / cfg.vae_steps)
-        hr = bank.batch(step * 4, 4)[0].to(device)
-        z = vae.encode(hr)
-        z = z + cfg.vae_noise * torch.rand(len(z), 1, 1, 1, 1, device=device) * torch.randn_like(z)
-        out = vae.decode(z)
-        loss = F.mse_loss(out, hr) + cfg.vae_jumps * (jumps(out) - jumps(hr)).square().mean()
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-    return vae
 
 
 # ----------------------------------------------------------------------------
@@ -152,14 +107,13 @@ def main(cfg):
     bank, clip = data.training_bank(cfg, rank)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
-    # the video code is fitted (or taken over) once, by rank 0, and kept in a file of its own
-    if rank == 0 and not (cfg.resume and os.path.exists(f"{out_dir}/vae.pt")):
-        fitted = M.load_checkpoint(cfg.init, "ema")[1] if cfg.init else fit_vae(bank, cfg, device).cpu()
-        torch.save(fitted.state_dict(), f"{out_dir}/vae.pt.tmp")
-        os.replace(f"{out_dir}/vae.pt.tmp", f"{out_dir}/vae.pt")
-    common.barrier()
-    vae = M.PatchVAE().to(device).requires_grad_(False)
-    vae.load_state_dict(torch.load(f"{out_dir}/vae.pt", map_location="cpu", weights_only=True))
+    # the video code: the same data give the same code on every rank
+    if cfg.init:
+        _, vae, _ = M.load_checkpoint(cfg.init, "ema", device)
+    else:
+        vae = M.PatchVAE()
+        vae.fit(bank.batch(0, min(64, len(bank)))[0])
+        vae.to(device)
 
     # networks, then resume, then DDP: nothing is loaded into a wrapper
     common.reseed(cfg.seed, "weights")

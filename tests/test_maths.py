@@ -162,16 +162,3 @@ def test_posterior_mean_helper_is_right():
     near = (z_t - 1.1).abs() < 0.05
     assert z_0[near].mean().item() == pytest.approx(posterior_mean(torch.tensor([1.1]), t, 2.0, 0.5).item(), abs=0.02)
     assert math.isclose(posterior_mean(torch.tensor([1.1]), torch.zeros(1), 2.0, 0.5).item(), 1.1, abs_tol=1e-6)
-
-
-def test_jumps_tell_patch_borders_from_insides():
-    noise = torch.rand(1, 3, 13, 64, 64)
-    means = stage0.jumps(noise)
-    assert means.shape == (6, 4) and (means - 1 / 3).abs().max() < 0.02         # E |u - u'| of uniform numbers
-    for axis in range(3):
-        size = noise.shape[2 + axis]
-        patch = torch.arange(size).add(3 if axis == 0 else 0) // 4              # the first frame has its own patch
-        steps = torch.zeros_like(noise) + 5 * patch.view([-1 if i == axis + 2 else 1 for i in range(5)])
-        want = torch.zeros(6)
-        want[2 * axis] = 5                                                      # jumps across the borders of this axis
-        torch.testing.assert_close(stage0.jumps(steps).mean(1), want)

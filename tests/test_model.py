@@ -171,7 +171,7 @@ def test_patch_code_round_trip():
     z = vae.encode(video)
     assert z.shape == (2, 16, 3, 8, 8)
     assert z.flatten(2).square().mean().item() == pytest.approx(1, abs=0.15)            # unit variance overall
-    back = vae.decode(z)                                    # the correction starts at zero
+    back = vae.decode(z)
     assert back.shape == video.shape and (back - video).square().mean() < 1e-3
     still = vae.decode(vae.encode(video[:, :, :1]))         # an image is a clip of one frame
     assert (still - video[:, :, :1]).square().mean() < 1e-3
@@ -187,6 +187,35 @@ def test_patch_code_is_the_best_linear_one():
     z = rearrange(vae.encode(video), "B C T H W -> (B T H W) C")
     error = (z * vae.scale @ vae.basis.T + vae.mean - vae.patches(video).flatten(0, 3)).square().mean()
     assert error.item() == pytest.approx(best.item(), rel=2e-2, abs=1e-7)
+
+
+def test_patch_code_overlaps():
+    vae = M.PatchVAE()
+    video = torch.randn(1, 3, 5, 24, 32)
+    lapped = vae.lap(video, vae.turn)
+    torch.testing.assert_close(vae.lap(lapped, vae.turn.T), video)                      # orthogonal
+    torch.testing.assert_close(lapped.square().sum(), video.square().sum())
+    torch.testing.assert_close(vae.lap(torch.ones_like(video), vae.turn), torch.ones_like(video))
+    vae.fit(smooth_video())
+    z = torch.zeros(1, 16, 2, 6, 6)
+    z[0, :, 1, 2, 3] = 1
+    drawn = (vae.decode(z) - vae.decode(0 * z)).abs().amax(dim=(0, 1, 2))
+    rows, columns = (drawn > 1e-6).nonzero().T
+    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (6, 13, 10, 17)    # 8 x 8 px for one latent
+
+
+def test_independent_patches_show_no_grid():
+    """Latents drawn independently of each other jump little more across patch borders than inside patches."""
+    ratio = {}
+    for angle in (0.0, M.PatchVAE.angle):
+        torch.manual_seed(0)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(M.PatchVAE, "angle", angle)
+            vae = M.PatchVAE()
+        vae.fit(smooth_video(B=8))
+        jump = vae.decode(torch.randn(1, 16, 3, 32, 32)).diff(dim=-1).abs().mean(dim=(0, 1, 2, 3))
+        ratio[angle] = (jump[3::4].mean() / jump[~(torch.arange(127) % 4 == 3)].mean()).item()
+    assert ratio[0.0] > 2 and ratio[M.PatchVAE.angle] < 1.25
 
 
 def test_patch_code_refuses_wrong_sizes():

@@ -28,7 +28,7 @@ SMALL_CLIP = dict(frames=9, size=48, crop=32, window=2, strength="light")
 def constants(out, footage):
     """The fields that make every stage take a second."""
     scale = dict(out=str(out), data=str(footage), clips=3, batch=2, log_every=1, save_every=2)
-    return {stage0: stage0.Config(**scale, steps=4, warmup=2, vae_steps=3),
+    return {stage0: stage0.Config(**scale, steps=4, warmup=2),
             stage1: stage1.Config(**scale, cfg_steps=2, steps_per_phase=2, pd_grid=(4, 2, 1)),
             stage2: stage2.Config(**scale, steps=4, aux_warmup=2),
             stage3: stage3.Config(**scale, steps=4, pairs=3, candidates=2, lr=1e-3)}
