@@ -31,11 +31,12 @@ NULL, POSITIVE, NEGATIVE = 0, 1, 2      # prompt ids: no text, high quality, low
 AGAINST = NEGATIVE                      # the "null" of guidance, what it leaves: NULL [paper], NEGATIVE [SeedVR]
 
 # learned: prompts are parameters; otherwise they are read from a file. residual: adds to linear_velocity
+# rope: base of the rotary frequencies. A short head has few: 10000 would leave it 1, 0.16, 0.03, ... radians a token
 MODELS = {
     "tiny":    dict(dim=128, layers=6, heads=4, ffn=512, text_dim=64, prompt_len=4, learned=True,        # 1.79 M
-                    residual=True),
+                    residual=True, rope=100),
     "small":   dict(dim=512, layers=12, heads=8, ffn=2048, text_dim=256, prompt_len=8, learned=True,     # 52.96 M
-                    residual=True),
+                    residual=True, rope=100),
     "wan1.3b": dict(dim=1536, layers=30, heads=12, ffn=8960, text_dim=4096, prompt_len=512, learned=False),  # 1419.10 M
 }
 
@@ -130,12 +131,13 @@ def sinusoid(t, dim=256):
 
 
 @functools.lru_cache(maxsize=16)
-def rope_table(T, H, W, K, device):
+def rope_table(T, H, W, K, base, device):
     """(T*H*W, K/2) unit complex numbers. K is cut into time, height, width parts, each with a full spectrum of its own
-    (K - 4 (K // 6) for time and 2 (K // 6) for height and width: 44 + 42 + 42 at K = 128); positions are integers."""
+    (K - 4 (K // 6) for time and 2 (K // 6) for height and width: 44 + 42 + 42 at K = 128), base^(-2i/k) radians a
+    token; positions are integers."""
     parts = []
     for n, k in ((T, K - 4 * (K // 6)), (H, 2 * (K // 6)), (W, 2 * (K // 6))):
-        theta = 10000 ** (-torch.arange(0, k, 2, dtype=torch.float64) / k)
+        theta = base ** (-torch.arange(0, k, 2, dtype=torch.float64) / k)
         parts.append(torch.outer(torch.arange(n, dtype=torch.float64), theta))
     t, y, x = (a.shape[1] for a in parts)
     angle = torch.cat([parts[0][:, None, None].expand(T, H, W, t), parts[1][None, :, None].expand(T, H, W, y),
@@ -212,8 +214,10 @@ class Head(nn.Module):
 class DiT(nn.Module):
     """The velocity v(z_t, t, z_lr, c) of a video diffusion transformer with Wan2.1's block and parameter names."""
 
-    def __init__(self, dim, layers, heads, ffn, text_dim, prompt_len, learned, residual=False, channels=16):
+    def __init__(self, dim, layers, heads, ffn, text_dim, prompt_len, learned, residual=False, rope=10000,
+                 channels=16):
         super().__init__()
+        self.rope = rope                                                # base of the rotary frequencies
         self.register_buffer("residual", torch.full((channels,), 0.5) if residual else None)    # set by stage 0
         self.patch_embedding = nn.Conv3d(2 * channels, dim, (1, 2, 2), stride=(1, 2, 2))
         self.text_embedding = nn.Sequential(nn.Linear(text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim))
@@ -255,7 +259,7 @@ class DiT(nn.Module):
         x = self.patch_embedding(torch.cat([z, z_lr], dim=1))           # (B, D, T, H/2, W/2)
         T, H, W = x.shape[2:]
         x = rearrange(x, "B D T H W -> B (T H W) D").float()            # the residual stream stays fp32
-        table = rope_table(T, H, W, x.shape[-1] // self.blocks[0].self_attn.heads, x.device)
+        table = rope_table(T, H, W, x.shape[-1] // self.blocks[0].self_attn.heads, self.rope, x.device)
         features = []
         for i, block in enumerate(self.blocks):
             x = block(x, e0, context, table)
@@ -370,7 +374,7 @@ class PatchVAE(nn.Module):
     pixels'. `fit` must be called, or weights be loaded, before use.
     """
     stride, channels = 4, 16
-    angle = 0.44        # radians; the reconstruction's jumps across borders then equal those inside (pi / 8: JPEG XR)
+    angle = 0.5         # radians, larger than JPEG XR's pi / 8: see LOG.md, "patches that overlap"
 
     def __init__(self):
         super().__init__()

@@ -96,7 +96,7 @@ def test_batch_samples_do_not_mix():
 
 
 def test_rope_is_relative_and_per_axis():
-    table = M.rope_table(3, 4, 5, 32, torch.device("cpu")).view(3, 4, 5, 16)
+    table = M.rope_table(3, 4, 5, 32, 10000, torch.device("cpu")).view(3, 4, 5, 16)
     angle = table.angle()
     torch.testing.assert_close(angle[1, 0, 0, :6], 10000 ** (-torch.arange(6) * 2 / 12))        # time: 12 of 32
     torch.testing.assert_close(angle[0, 1, 0, 6:11], 10000 ** (-torch.arange(5) * 2 / 10))      # height: 10
