@@ -388,11 +388,10 @@ class PatchVAE(nn.Module):
 
     def lap(self, video, turn):
         """Multiply the four pixels around every patch border by turn (4, 4), along height, then width."""
-        for axis in (-2, -1):
-            x = video.movedim(axis, -1)
-            around = (x[..., 2:-2].unflatten(-1, (-1, 4)) @ turn.T).flatten(-2)
-            video = torch.cat([x[..., :2], around, x[..., -2:]], dim=-1).movedim(-1, axis)
-        return video
+        rows = torch.einsum("...hpw,qp->...hqw", video[..., 2:-2, :].unflatten(-2, (-1, 4)), turn).flatten(-3, -2)
+        video = torch.cat([video[..., :2, :], rows, video[..., -2:, :]], dim=-2)
+        columns = (video[..., 2:-2].unflatten(-1, (-1, 4)) @ turn.T).flatten(-2)
+        return torch.cat([video[..., :2], columns, video[..., -2:]], dim=-1)
 
     def patches(self, video):
         """(B, 3, F, 4H, 4W) -> (B, T, H, W, 192)."""
