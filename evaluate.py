@@ -79,7 +79,13 @@ ROWS = {                            # in the order of the table
     "HR":       "ground truth",
 }
 PRED_ROWS = {"bicubic": "bicubic", "pred": "output", "HR": "ground truth"}
-EXTRA = ("musiq", "clipiqa", "lpips", "dists")      # columns, by their names in pyiqa
+EXTRA = {                           # with --extra, of pyiqa and of DOVER: heading, direction, digits, as below
+    "musiq":          ("MUSIQ", "up", 2),
+    "clipiqa":        ("CLIP-IQA", "up", 3),
+    "lpips":          ("LPIPS", "down", 3),
+    "dists":          ("DISTS", "down", 3),
+    "dover":          ("DOVER", "up", 2),
+}
 COLUMNS = {                         # metric: (heading, direction in which it gets better, digits)
     "psnr":           ("PSNR", "up", 2),
     "psnr_y":         ("PSNR-Y", "up", 2),
@@ -97,7 +103,7 @@ COLUMNS = {                         # metric: (heading, direction in which it ge
     "shift":          ("shift px", "", 2),
     "psnr_aligned":   ("PSNR al.", "up", 2),
     "ssim_aligned":   ("SSIM al.", "up", 4),
-    **{name: (name.upper(), "", 4) for name in EXTRA},
+    **EXTRA,
     "calls":          ("calls", "down", 0),
     "seconds":        ("seconds", "down", 1),
 }
@@ -252,29 +258,38 @@ def score(row, source, output, clip, cfg, extra):
 
 
 def extra_metrics(wanted):
-    """({column: function (frames, hr or None) -> float}, {column: why there is none}) of the measures in pyiqa."""
-    if not wanted:
-        return {}, dict.fromkeys(EXTRA, "not asked for: --extra")
-    try:
-        import pyiqa
-    except ImportError:
-        return {}, dict.fromkeys(EXTRA, "pyiqa is not installed: pip install pyiqa (non-commercial licence)")
+    """({column: function (frames, hr or None) -> float}, {column: why there is none}) of the columns in EXTRA."""
     found, absent = {}, {}
     for name in EXTRA:
         try:
-            metric = pyiqa.create_metric(name)
-        except Exception as error:                              # it downloads weights, which fails in many ways
-            absent[name] = f"pyiqa cannot make it ({str(error).splitlines()[0][:80]})"
-            continue
-
-        def measure(frames, hr, metric=metric):
-            x, y = (torch.from_numpy(v).permute(0, 3, 1, 2) / 255 if v is not None else None for v in (frames, hr))
-            if metric.metric_mode == "FR":
-                pairs = [] if y is None else zip(x, y, strict=True)
-                return float(np.mean([metric(a[None], b[None]).item() for a, b in pairs] or math.nan))
-            return float(np.mean([metric(a[None]).item() for a in x]))
-        found[name] = measure
+            if not wanted:
+                raise ValueError("not asked for: --extra")
+            found[name] = dover_metric() if name == "dover" else pyiqa_metric(name)
+        except Exception as error:                              # weights are downloaded, which fails in many ways
+            absent[name] = (str(error) or type(error).__name__).splitlines()[0][:160]
     return found, absent
+
+
+def pyiqa_metric(name):
+    """The measure of pyiqa as a function (frames, hr or None) -> mean over the frames; nan if it needs a missing hr."""
+    try:
+        import pyiqa
+    except ImportError:
+        raise ValueError("pyiqa is not installed: pip install pyiqa (non-commercial licence)") from None
+    metric = pyiqa.create_metric(name)
+
+    def measure(frames, hr):
+        x, y = (torch.from_numpy(v).permute(0, 3, 1, 2) / 255 if v is not None else None for v in (frames, hr))
+        if metric.metric_mode != "FR":
+            return float(np.mean([metric(a[None]).item() for a in x]))
+        return math.nan if y is None else float(np.mean([metric(a[None], b[None]).item()
+                                                         for a, b in zip(x, y, strict=True)]))
+    return measure
+
+
+def dover_metric():
+    score = metrics.dover_scorer()
+    return lambda frames, hr: score(frames)
 
 
 def mean_row(values):

@@ -358,6 +358,26 @@ def bootstrap_mean(values, seed=0):
     return float(values.mean()), float(lo), float(hi)
 
 
+def dover(technical, aesthetic):
+    """DOVER's fused score, 0 to 100, of its two raw outputs (in the order of its dover.yml: technical first).
+
+    The formula of evaluate_one_video.py (VQAssessment/DOVER). Its evaluate_a_set_of_videos.py swaps the two, so that
+    published numbers lie on several scales; this one gives the mean video of its database 50.
+    """
+    x = 0.6104 * (technical - 0.1107) / 0.07355 + 0.3896 * (aesthetic + 0.08285) / 0.03774
+    return 100 / (1 + float(np.exp(-x)))
+
+
+def dover_scorer():
+    """A function frames (F, H, W, 3) -> fused score, from a module dover_scorer.py that the user writes around DOVER:
+    its raw(frames) returns (technical, aesthetic). ImportError, with this advice, if there is none."""
+    try:
+        from dover_scorer import raw
+    except ImportError:
+        raise ImportError("no DOVER: write dover_scorer.py with raw(frames) -> (technical, aesthetic)") from None
+    return lambda frames: dover(*raw(frames))
+
+
 NIQE_BEST = 4.0         # [ours] three of four sharp shots of the sample film have more
 LR_ENOUGH = 30.0        # [ours] dB; ground truth has 28 to 36 against its own light degradation
 

@@ -33,6 +33,11 @@ MEANING = {                     # what a reader of the table needs to know about
     "shift": "How far the output lies from the ground truth, pixels, by phase correlation. 0.1 and less is none.",
     "psnr_aligned": "PSNR after that shift is undone.",
     "ssim_aligned": "SSIM after that shift is undone.",
+    "musiq": "No reference, learned from ratings of pictures, 0 to 100 (pyiqa).",
+    "clipiqa": "No reference: how close CLIP finds a frame to the words 'good photo', 0 to 1 (pyiqa).",
+    "lpips": "Distance from the ground truth in the features of a classifier (pyiqa).",
+    "dists": "The same, kinder to texture that differs in detail (pyiqa).",
+    "dover": "No reference, learned from ratings of videos, 0 to 100, by the formula of evaluate_one_video.py.",
     "calls": "Evaluations of the network for each window of the video.",
     "seconds": "Time for one clip, video code included; on a CPU as many clips at once as there are cores.",
 }

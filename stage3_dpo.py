@@ -112,10 +112,9 @@ def make_scorer(name):
         return lambda candidates, lr: metrics.proxy_rank(candidates, lr)[0]
     if name == "dover":
         try:
-            from dover_scorer import score
-        except ImportError:
-            raise SystemExit("scorer dover: write a module dover_scorer.py with score(frames) -> float (DOVER's two "
-                             "scripts define the number differently: choose one), or use --scorer proxy") from None
+            score = metrics.dover_scorer()
+        except ImportError as error:
+            raise SystemExit(f"scorer dover: {error}; or use --scorer proxy") from None
         return lambda candidates, lr: np.array([score(c) for c in candidates])
     if name.startswith("pyiqa:"):
         try:

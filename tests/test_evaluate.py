@@ -1,6 +1,8 @@
 """evaluate.py on two small clips; the networks are stand-ins that cost nothing."""
 import json
 import re
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -210,6 +212,46 @@ def test_outputs_in_doves_folders(outside, tmp_path, capsys):
     assert "musiq" not in capsys.readouterr().out.lower()       # no empty columns
     page = (tmp_path / "out/report/report.html").read_text()
     assert '"pred": "output"' in page and "{{" not in page
+
+
+class Stranger:
+    """A stand-in for a metric of pyiqa: the mean error in grey levels, or the brightness without a reference."""
+    def __init__(self, name):
+        self.metric_mode = "FR" if name in ("lpips", "dists") else "NR"
+
+    def __call__(self, x, y=None):
+        assert x.shape[:2] == (1, 3) and x.dtype == torch.float32 and 0 <= x.min() and x.max() <= 1
+        return ((x - y).abs() if y is not None else x).mean() * 255
+
+
+def test_extra_metrics_that_are_installed(outside, monkeypatch):
+    def create_metric(name):
+        if name == "dists":
+            raise RuntimeError("cannot download\nfor many reasons")
+        return Stranger(name)
+    monkeypatch.setitem(sys.modules, "pyiqa", SimpleNamespace(create_metric=create_metric))
+    monkeypatch.setitem(sys.modules, "dover_scorer", SimpleNamespace(raw=lambda frames: (0.1107, -0.08285)))
+    outside.extra = True
+    evaluate.main(outside)
+    result = read()
+    assert [result["per_clip"][name]["pred"]["lpips"] for name in "ab"] == pytest.approx([3, 6], abs=1e-3)
+    hr = media.read_video("set/GT-Video/a.mkv")
+    assert result["per_clip"]["a"]["HR"]["musiq"] == pytest.approx(hr.mean(), abs=1e-2)
+    assert result["rows"]["pred"]["dover"] == pytest.approx(50) and result["rows"]["pred"]["dists"] is None
+    assert result["absent"] == {"dists": "cannot download"}
+    outside.gt, outside.lr = "", ""
+    evaluate.main(outside)
+    assert read()["rows"]["pred"]["lpips"] is None and read()["rows"]["pred"]["musiq"] > 0
+
+
+def test_extra_metrics_that_are_absent(outside, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyiqa", None)
+    monkeypatch.setitem(sys.modules, "dover_scorer", None)
+    outside.extra = True
+    evaluate.main(outside)
+    absent = read()["absent"]
+    assert "pip install pyiqa" in absent["musiq"] and "dover_scorer.py" in absent["dover"]
+    assert all(read()["rows"]["pred"][name] is None for name in evaluate.EXTRA)
 
 
 def test_one_file_without_truth_or_input(outside):

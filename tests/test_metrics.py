@@ -1,4 +1,7 @@
 """Known answers for metrics.py. The BasicSR numbers are BasicSR 1.4.2's own code, run on the same arrays."""
+import sys
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -203,6 +206,15 @@ def test_bootstrap_mean():
     assert metrics.bootstrap_mean(values, seed=1) == (mean, lo, hi)
     assert metrics.bootstrap_mean([1.0, np.nan, 3.0])[0] == 2
     assert all(np.isnan(metrics.bootstrap_mean([np.nan])))
+
+
+def test_dover_uses_the_formula_it_names(monkeypatch):
+    for technical, aesthetic, one_video, swapped in ((0.1107, -0.08285, 50.0, 59.7), (0.17, -0.05, 69.7, 78.2),
+                                                     (0.20, -0.03, 78.4, 85.2)):
+        assert metrics.dover(technical, aesthetic) == pytest.approx(one_video, abs=0.1)
+        assert metrics.dover(technical, aesthetic) < swapped - 5
+    monkeypatch.setitem(sys.modules, "dover_scorer", SimpleNamespace(raw=lambda frames: (0.17, -0.05)))
+    assert metrics.dover_scorer()(np.zeros((2, 8, 8, 3), np.uint8)) == pytest.approx(69.7, abs=0.1)
 
 
 def test_proxy_rank_prefers_sharp_and_steady(pan):
