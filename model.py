@@ -151,6 +151,11 @@ def rotate(x, table):
     return torch.view_as_real(pairs * table[:, None]).flatten(-2).type_as(x)
 
 
+def modulate(x, shift, scale):
+    """x (1 + scale) + shift, in one pass over x."""
+    return torch.addcmul(shift, x, 1 + scale)
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the whole last axis; for q and k that is all heads together."""
     def __init__(self, dim, eps=1e-6):
@@ -194,9 +199,9 @@ class Block(nn.Module):
 
     def forward(self, x, e0, text, table):
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + e0).chunk(6, dim=1)   # (B, 1, D) each
-        x = x + gate1 * self.self_attn(self.norm1(x) * (1 + scale1) + shift1, table=table)
+        x = torch.addcmul(x, gate1, self.self_attn(modulate(self.norm1(x), shift1, scale1), table=table))
         x = x + self.cross_attn(self.norm3(x), text)
-        return x + gate2 * self.ffn(self.norm2(x) * (1 + scale2) + shift2)
+        return torch.addcmul(x, gate2, self.ffn(modulate(self.norm2(x), shift2, scale2)))      # x + gate2 * ffn
 
 
 class Head(nn.Module):
@@ -208,7 +213,7 @@ class Head(nn.Module):
 
     def forward(self, x, e):
         shift, scale = (self.modulation + e[:, None]).chunk(2, dim=1)
-        return self.head(self.norm(x) * (1 + scale) + shift)
+        return self.head(modulate(self.norm(x), shift, scale))
 
 
 class DiT(nn.Module):
@@ -258,7 +263,7 @@ class DiT(nn.Module):
             e0 = self.time_projection(e).unflatten(1, (6, -1))          # (B, 6, D)
         x = self.patch_embedding(torch.cat([z, z_lr], dim=1))           # (B, D, T, H/2, W/2)
         T, H, W = x.shape[2:]
-        x = rearrange(x, "B D T H W -> B (T H W) D").float()            # the residual stream stays fp32
+        x = rearrange(x, "B D T H W -> B (T H W) D").float().contiguous()       # the residual stream stays fp32
         table = rope_table(T, H, W, x.shape[-1] // self.blocks[0].self_attn.heads, self.rope, x.device)
         features = []
         for i, block in enumerate(self.blocks):
