@@ -250,7 +250,7 @@ def score(row, source, output, clip, cfg, extra):
     if row != "HR":
         values |= {"seconds": seconds, "calls": source["steps"] * (2 if source["w"] else 1) if source else nan}
     values |= {"flicker": metrics.flicker(frames), "grid": metrics.grid(frames),
-               "seam": metrics.grid(frames, (cfg.seam,)), "chunk": metrics.chunk_jump(frames, cfg.chunk)}
+               "seam": metrics.seam(frames, cfg.seam), "chunk": metrics.chunk_jump(frames, cfg.chunk)}
     if lr is not None and frames.shape[1] % lr.shape[1] == 0 == frames.shape[2] % lr.shape[2]:
         values["lr_consistency"] = metrics.lr_consistency(frames, lr)
     values |= {name: measure(frames, hr) for name, measure in extra.items()}

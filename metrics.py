@@ -235,6 +235,21 @@ def grid(frames, period=(4, 8)):
     return float(max(ratios, default=float("nan")))
 
 
+def seam(frames, period):
+    """Visible borders of tiles: mean |jump| of Y across them over the mean 8 pixels away; 1.0 is no seam.
+
+    period: pixels from one tile to the next. A grid of 8 pixels, of the network's tokens or of a codec, cancels.
+    nan: no border lies in the frame.
+    """
+    y, ratios = luma(frames), []
+    for axis in (1, 2):
+        jump = np.abs(np.diff(y, axis=axis)).mean(axis=(0, 3 - axis), dtype=np.float64)
+        at = np.arange(period - 1, len(jump) - 8, period)           # jump[i] lies between pixels i and i + 1
+        if len(at):
+            ratios.append((jump[at].mean() + 1e-3) / ((jump[at - 8].mean() + jump[at + 8].mean()) / 2 + 1e-3))
+    return float(max(ratios, default=float("nan")))
+
+
 def chunk_jump(frames, step):
     """Mean |change| of Y into frames step, 2 step, ... over the mean of all other changes; 1 is no jump.
 

@@ -21,6 +21,7 @@ import functools
 import itertools
 import math
 import os
+import pickle
 
 import torch
 import torch.nn as nn
@@ -449,7 +450,8 @@ def read_checkpoint(path):
         state = torch.load(path, map_location="cpu", weights_only=True)
         state["config"]["model"], state["stage"], state["vae"], state["total"]
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:100]
+        reason = "no file of torch.save" if isinstance(error, pickle.UnpicklingError) else \
+            (str(error).strip() or type(error).__name__).splitlines()[0][:100]
         raise SystemExit(f"{path}: not a checkpoint of this project ({reason})") from None
     return state
 

@@ -28,7 +28,7 @@ MEANING = {                     # what a reader of the table needs to know about
     "grid": "No reference: jumps across borders of 4 and 8 pixel blocks over jumps inside. 1 is no grid.",
     "lr_consistency": "PSNR of the output, shrunk again, against the input. Low: it shows something else. "
                       "Very high: it repeats the input's noise. The ground truth's own value is the mark.",
-    "seam": "The same across the borders of the network's tiles.",
+    "seam": "No reference: jumps across the borders of the network's tiles over those 8 pixels away. 1 is no seam.",
     "chunk": "Change into the first frame of a chunk over the change into all others. 1 is no jump.",
     "shift": "How far the output lies from the ground truth, pixels, by phase correlation. 0.1 and less is none.",
     "psnr_aligned": "PSNR after that shift is undone.",

@@ -174,6 +174,18 @@ def test_grid_sees_blocks(period):
     assert metrics.grid(np.full((1, 32, 32, 3), 7, np.uint8)) == pytest.approx(1)
 
 
+def test_seam_sees_tiles_and_not_the_grid_of_tokens():
+    rng = np.random.default_rng(0)
+    x = rng.integers(90, 110, (3, 256, 256, 1)).repeat(3, -1).astype(np.uint8)
+    grid = add(x, 12 * (np.arange(256) // 8 % 2)[None, None, :, None])
+    assert metrics.grid(grid) > 1.3 and metrics.seam(grid, 80) == pytest.approx(1, abs=0.05)
+    assert metrics.seam(add(grid, 20 * (np.arange(256) // 80 % 2)[None, :, None, None]), 80) > 1.3
+    busier = x.copy()
+    busier[:, :, 128:] = rng.integers(60, 140, (3, 256, 128, 1))            # content may change from place to place
+    assert metrics.seam(busier, 80) == pytest.approx(1, abs=0.05)
+    assert np.isnan(metrics.seam(x[:, :80, :80], 80))
+
+
 @pytest.mark.parametrize("image", BASICSR["niqe"])
 def test_niqe_equals_basicsr(image):
     assert metrics.niqe(texture(*image)[None])[0] == pytest.approx(BASICSR["niqe"][image], abs=0.01)
