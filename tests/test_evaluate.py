@@ -1,6 +1,7 @@
 """evaluate.py on two small clips; the networks are stand-ins that cost nothing."""
 import json
 import re
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ import data
 import evaluate
 import media
 import metrics
+from tests.conftest import ROOT
 from tests.test_metrics import texture
 
 SIZE, FRAMES = 64, 5
@@ -212,6 +214,22 @@ def test_outputs_in_doves_folders(outside, tmp_path, capsys):
     assert "musiq" not in capsys.readouterr().out.lower()       # no empty columns
     page = (tmp_path / "out/report/report.html").read_text()
     assert '"pred": "output"' in page and "{{" not in page
+
+
+def test_commands_of_the_readme(run, outside, tmp_path, monkeypatch):
+    """Each command of "Measure" runs, on small clips and with stand-ins for the networks."""
+    cfg, _ = run
+    section = open(f"{ROOT}/README.md").read().split("## Measure")[1].split("\n## ")[0]
+    commands = re.findall(r"^    python evaluate\.py ?(.*?)(?:\s+#.*)?$", section, re.M)
+    assert len(commands) >= 3
+    for folder, name in (("upscaled", "up"), ("truth", "set/GT-Video"), ("inputs", "set/LQ")):
+        shutil.copytree(tmp_path / name, tmp_path / folder)
+    small = {"tiny": {k: getattr(cfg, k) for k in ("out", "clips", "frames", "teacher_steps", "teacher", "student")}}
+    for command in commands:
+        settings = evaluate.common.parse_config(evaluate.Config, small, command.split())
+        evaluate.main(settings)
+        rows = read(settings.out)["rows"]
+        assert rows["pred" if settings.pred else "stage3"]["psnr"] > 10
 
 
 class Stranger:

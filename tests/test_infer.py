@@ -1,5 +1,7 @@
 """Tiles, colour and infer.py itself."""
+import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -9,8 +11,10 @@ import torch
 from PIL import Image
 
 import data
+import evaluate
 import infer
 import media
+import metrics
 import model as M
 from tests.conftest import ROOT
 from tests.test_data import scene
@@ -310,6 +314,44 @@ def test_real_checkpoint_from_file_to_file(checkpoint, tmp_path):
     media.write_video(tmp_path / "in.mkv", scene(0, 7, 16, 24), NTSC)
     infer.main([str(tmp_path / "in.mkv"), str(tmp_path / "out.mkv"), "--ckpt", checkpoint, "--color", "adain"])
     assert media.read_video(tmp_path / "out.mkv").shape == (7, 64, 96, 3)
+
+
+def test_tiles_leave_no_trace_in_a_file(checkpoint, tmp_path):
+    """A fresh network returns z_lr: through files, tiles of 64 px and one tile for all give the same pictures."""
+    media.write_video(tmp_path / "in.mkv", scene(0, 3, 60, 44), NTSC)
+    for tile in ("64", "400"):
+        infer.main([str(tmp_path / "in.mkv"), str(tmp_path / f"{tile}.mkv"), "--ckpt", checkpoint, "--tile", tile])
+    tiled, whole = (media.read_video(tmp_path / f"{tile}.mkv") for tile in ("64", "400"))
+    assert tiled.shape == (3, 240, 176, 3) and whole.std() > 5
+    assert metrics.psnr(tiled, whole) > 40
+
+
+def test_the_student_that_ships_leaves_no_seams(tmp_path):
+    """On a real clip, where tiles meet the picture changes no more than beside it, and no more than bicubic does."""
+    lr = media.read_video(f"{ROOT}/samples/lr/apple.mp4")[:5]
+    upscaler = infer.load(infer.STUDENT, "student", torch.device("cpu"))
+    out = data.to_uint8(upscaler(lr))
+    assert out.shape == (5, 4 * lr.shape[1], 4 * lr.shape[2], 3)
+    assert metrics.seam(out, 80) < 1.05 * max(1, metrics.seam(evaluate.upscale_bicubic(lr), 80))
+
+
+def test_commands_of_the_readme(plain, tmp_path, monkeypatch):
+    """Each command of "Upscale your video" runs as it stands there."""
+    section = open(f"{ROOT}/README.md").read().split("## Upscale your video")[1].split("\n## ")[0]
+    commands = re.findall(r"^    python infer\.py (.*?)(?:\s+#.*)?$", section, re.M)
+    assert len(commands) >= 6
+    for folder in ("frames", "videos"):
+        (tmp_path / "files" / folder).mkdir(parents=True)
+    files = tmp_path / "files"
+    film(files / "in.mp4", scene(0, 3), sound=True), film(files / "in.mov", scene(1, 3))
+    film(files / "videos/a.mp4", scene(2, 2))
+    os.remove(files / "videos/a.mkv")                       # two files of one name would want one output
+    for name in ("photo.jpg", "frames/1.png", "frames/2.png"):
+        media.write_image(files / name, scene(0, 1)[0])
+    for i, command in enumerate(commands):
+        monkeypatch.chdir(shutil.copytree(files, tmp_path / str(i)))
+        infer.main(command.split())
+        assert os.path.exists(command.split()[1]), command
 
 
 def test_mistakes_get_one_line(checkpoint, tmp_path):
