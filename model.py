@@ -22,6 +22,7 @@ import itertools
 import math
 import os
 import pickle
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -474,6 +475,66 @@ def load_checkpoint(path, part="student", device="cpu", finished=False):
     load_part(vae, state, "vae", path)
     info = {k: state[k] for k in ("config", "step", "stage")}
     return net.to(device).eval().requires_grad_(False), vae.to(device).eval().requires_grad_(False), info
+
+
+WAN_NAMES = (           # diffusers' names -> Wan's, replaced in this order; diffusers numbers the norms as they come
+    ("condition_embedder.text_embedder.linear_1", "text_embedding.0"),
+    ("condition_embedder.text_embedder.linear_2", "text_embedding.2"),
+    ("condition_embedder.time_embedder.linear_1", "time_embedding.0"),
+    ("condition_embedder.time_embedder.linear_2", "time_embedding.2"),
+    ("condition_embedder.time_proj", "time_projection.1"),
+    ("attn1.", "self_attn."), ("attn2.", "cross_attn."), (".to_out.0.", ".o."), (".to_", "."), (".norm2.", ".norm3."),
+    ("ffn.net.0.proj.", "ffn.0."), ("ffn.net.2.", "ffn.2."), ("proj_out.", "head.head."),
+)
+
+
+def wan_name(key):
+    """The name that a parameter of diffusers' WanTransformer3DModel has in Wan's own files."""
+    for theirs, ours in WAN_NAMES:
+        key = key.replace(theirs, ours)
+    return "head.modulation" if key == "scale_shift_table" else key.replace("scale_shift_table", "modulation")
+
+
+def read_tensors(path):
+    """All tensors of a .safetensors file, or of a folder of them (diffusers' shards). SystemExit in one line."""
+    try:
+        from safetensors.torch import load_file
+    except ImportError:
+        raise SystemExit(f"{path}: needs safetensors: pip install -r requirements-wan.txt") from None
+    path = Path(path)
+    if path.is_dir() and (path / "transformer").is_dir():           # the folder of a whole pipeline
+        path = path / "transformer"
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    if not files or not files[0].exists():
+        raise SystemExit(f"{path}: no weights there; name a .safetensors file, or a folder that has some")
+    tensors = {}
+    for file in files:
+        try:
+            tensors |= load_file(file)
+        except Exception as error:
+            raise SystemExit(f"{file}: not readable as safetensors ({str(error).splitlines()[0][:100]})") from None
+    return tensors
+
+
+def load_wan(net, path):
+    """Fill a DiT with the weights of Wan2.1: the original file or diffusers' folder, told apart by their keys.
+
+    The 16 input channels become 32: the columns of z_lr start at zero, so that the network is at first exactly Wan.
+    Prompts are not in these files. Raises SystemExit naming the first keys that are missing, unexpected or misshapen.
+    """
+    found = {key.removeprefix("model.diffusion_model."): x for key, x in read_tensors(path).items()}
+    if "proj_out.weight" in found:
+        found = {wan_name(key): x for key, x in found.items()}
+    first, wide = found.get("patch_embedding.weight"), net.patch_embedding.in_channels
+    if first is not None and 2 * first.shape[1] == wide:
+        found["patch_embedding.weight"] = torch.cat([first, torch.zeros_like(first)], dim=1)
+    wanted = {key: x for key, x in net.state_dict().items() if key not in ("prompts", "residual")}
+    wrong = {"missing": wanted.keys() - found.keys(), "unexpected": found.keys() - wanted.keys(),
+             "of another shape": {k for k in wanted.keys() & found.keys() if wanted[k].shape != found[k].shape}}
+    if any(wrong.values()):
+        raise SystemExit(f"{path}: not the weights of this model; " + ", ".join(
+            f"{what}: {min(keys)} and {len(keys) - 1} more" for what, keys in wrong.items() if keys))
+    net.load_state_dict(found, strict=False)
 
 
 def export(source, part, target):
