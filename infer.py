@@ -238,6 +238,10 @@ def jobs(source, target):
 
 def run(source, target, upscaler, args, stamp):
     """One job, from file to file."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{target}: not writable ({error.strerror}); name another output") from None
     if not isinstance(source, list) and source.suffix.lower() in media.IMAGES:
         picture = media.read_image(source)
         if target.suffix.lower() == ".png":
@@ -305,10 +309,6 @@ def main(argv=None):
             if args.resume and len(todo) > 1 and target.exists():
                 continue
             try:
-                try:
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                except OSError as error:
-                    raise ValueError(f"{target}: not writable ({error.strerror}); name another output") from None
                 print(run(source, target, upscaler, args, stamp))
             except ValueError as error:
                 if len(todo) == 1:
