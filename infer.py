@@ -110,7 +110,7 @@ def upscale(velocity, vae, window, device, lr, steps=1, w=0.0, seed=0, start=0, 
     z_lr = vae.encode(up)
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
         z = M.sample(velocity, noise(z_lr.shape, start, seed).to(device), z_lr, steps, w=w)
-    out = COLORS[color](vae.decode(z), up)[0, :, :count, :4 * h, :4 * width]
+    out = COLORS[color](vae.draw_onto(up, z_lr, z), up)[0, :, :count, :4 * h, :4 * width]
     if scale != 4:
         out = F.interpolate(out.transpose(0, 1), size=(scale * h, scale * width), mode="bicubic", antialias=True)
         out = out.transpose(0, 1)

@@ -371,27 +371,29 @@ def tiled(net, tile, overlap=(1, 4, 4), at_once=8):
 
 
 class PatchVAE(nn.Module):
-    """A linear video code: PCA of 4 x 4 x 4 pixel patches that overlap, in closed form; the decoder is its transpose.
+    """A linear video code: PCA of 4 x 4 x 4 pixel patches that overlap, in closed form; nothing in it is trained.
 
     The first frame is repeated to fill its patch, so F = 4 (T - 1) + 1. Patches that only touch would show as a grid:
     what a network adds in one does not continue in the next. So the two pixels on either side of every border between
     patches are first turned into each other (`lap`), and each latent draws a patch of 8 x 8 pixels that fades out: a
-    lapped orthogonal transform (Malvar 1990; as a filter before the blocks, Tran, Liang and Tu 2003).
+    lapped orthogonal transform (Malvar 1990; as a filter before the blocks, Tran, Liang and Tu 2003). The decoder turns
+    a little further than the encoder did, which smooths the borders of what patches do not agree on.
     Latents have mean square 1 over all channels; a channel's standard deviation goes with the square root of its
     pixels'. `fit` must be called, or weights be loaded, before use.
     """
     stride, channels = 4, 16
-    angle = 0.5         # radians, larger than JPEG XR's pi / 8: see LOG.md, "patches that overlap"
+    angles = 0.5, 0.6   # radians, of the encoder and the decoder (JPEG XR: pi / 8): LOG.md, "patches that overlap"
 
     def __init__(self):
         super().__init__()
         self.register_buffer("mean", torch.zeros(192))
         self.register_buffer("basis", torch.zeros(192, 16))
         self.register_buffer("scale", torch.ones(16))
-        c, s = math.cos(self.angle), math.sin(self.angle)
         halves = torch.tensor([[1., 0, 0, 1], [0, 1, 1, 0], [1, 0, 0, -1], [0, 1, -1, 0]]) / 2 ** 0.5
-        rotation = torch.block_diag(torch.eye(2), torch.tensor([[c, -s], [s, c]]))
-        self.register_buffer("turn", halves.T @ rotation @ halves, persistent=False)    # orthogonal, (4, 4)
+        for name, angle in zip(("turn", "turn_back"), (self.angles[0], -self.angles[1]), strict=True):
+            c, s = math.cos(angle), math.sin(angle)
+            rotation = torch.block_diag(torch.eye(2), torch.tensor([[c, -s], [s, c]]))
+            self.register_buffer(name, halves.T @ rotation @ halves, persistent=False)  # orthogonal, (4, 4)
 
     def lap(self, video, turn):
         """Multiply the four pixels around every patch border by turn (4, 4), along height, then width."""
@@ -429,7 +431,11 @@ class PatchVAE(nn.Module):
         """(B, 16, T, H, W) -> (B, 3, F, 4H, 4W)."""
         x = rearrange(z, "B C T H W -> B T H W C") * self.scale @ self.basis.T + self.mean
         x = rearrange(x, "B T H W (c f p q) -> B c (T f) (H p) (W q)", c=3, f=4, p=4, q=4)[:, :, 3:]
-        return self.lap(x, self.turn.T)
+        return self.lap(x, self.turn_back)
+
+    def draw_onto(self, video, z, z_0):
+        """video, whose latent is z, changed as the latent changes from z to z_0: what has no latent stays in it."""
+        return video + self.decode(z_0) - self.decode(z)
 
 
 # ----------------------------------------------------------------------------
