@@ -396,18 +396,18 @@ class PatchVAE(nn.Module):
             self.register_buffer(name, halves.T @ rotation @ halves, persistent=False)  # orthogonal, (4, 4)
 
     def lap(self, video, turn):
-        """Multiply the four pixels around every patch border by turn (4, 4), along height, then width."""
-        rows = torch.einsum("...hpw,qp->...hqw", video[..., 2:-2, :].unflatten(-2, (-1, 4)), turn).flatten(-3, -2)
-        video = torch.cat([video[..., :2, :], rows, video[..., -2:, :]], dim=-2)
-        columns = (video[..., 2:-2].unflatten(-1, (-1, 4)) @ turn.T).flatten(-2)
-        return torch.cat([video[..., :2], columns, video[..., -2:]], dim=-1)
+        """Multiply the four pixels around every patch border by turn (4, 4), along height, then width, in place."""
+        rows = video[..., 2:-2, :].unflatten(-2, (-1, 4))
+        rows.copy_(torch.einsum("...hpw,qp->...hqw", rows, turn))
+        columns = video[..., 2:-2].unflatten(-1, (-1, 4))
+        columns.copy_(columns @ turn.T)
+        return video
 
     def patches(self, video):
         """(B, 3, F, 4H, 4W) -> (B, T, H, W, 192)."""
         if (video.shape[2] - 1) % 4 or video.shape[3] % 4 or video.shape[4] % 4:
             raise ValueError(f"video {tuple(video.shape)}: F must be 4 n + 1, height and width multiples of 4")
-        video = self.lap(video, self.turn)
-        video = torch.cat([video[:, :, :1].expand(-1, -1, 3, -1, -1), video], dim=2)
+        video = self.lap(torch.cat([video[:, :, :1].expand(-1, -1, 3, -1, -1), video], dim=2), self.turn)
         return rearrange(video, "B c (T f) (H p) (W q) -> B T H W (c f p q)", f=4, p=4, q=4)
 
     def fit(self, videos):
@@ -424,18 +424,25 @@ class PatchVAE(nn.Module):
 
     def encode(self, video):
         """(B, 3, F, 4H, 4W) in [-1, 1] -> (B, 16, T, H, W)."""
-        z = (self.patches(video) - self.mean) @ self.basis / self.scale
+        z = (self.patches(video) @ self.basis - self.mean @ self.basis) / self.scale
         return rearrange(z, "B T H W C -> B C T H W")
 
     def decode(self, z):
         """(B, 16, T, H, W) -> (B, 3, F, 4H, 4W)."""
-        x = rearrange(z, "B C T H W -> B T H W C") * self.scale @ self.basis.T + self.mean
-        x = rearrange(x, "B T H W (c f p q) -> B c (T f) (H p) (W q)", c=3, f=4, p=4, q=4)[:, :, 3:]
-        return self.lap(x, self.turn_back)
+        return self.draw(z, self.mean)
+
+    def draw(self, z, mean):
+        x = torch.addmm(mean, rearrange(z, "B C T H W -> (B T H W) C") * self.scale, self.basis.T)
+        x = rearrange(x, "(B T H W) (c f p q) -> B c (T f) (H p) (W q)", B=len(z), H=z.shape[3], W=z.shape[4],
+                      c=3, f=4, p=4, q=4)[:, :, 3:]
+        return self.lap(x.contiguous(), self.turn_back)
 
     def draw_onto(self, video, z, z_0):
-        """video, whose latent is z, changed as the latent changes from z to z_0: what has no latent stays in it."""
-        return video + self.decode(z_0) - self.decode(z)
+        """video, whose latent is z, changed as the latent changes from z to z_0: what has no latent stays in it.
+
+        This is video + decode(z_0) - decode(z): the code is linear.
+        """
+        return self.draw(z_0 - z, torch.zeros_like(self.mean)).add_(video)
 
 
 # ----------------------------------------------------------------------------
