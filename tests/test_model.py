@@ -191,6 +191,7 @@ def test_patch_code_is_the_best_linear_one():
     z = rearrange(vae.encode(video), "B C T H W -> (B T H W) C")
     error = (z * vae.scale @ vae.basis.T + vae.mean - vae.patches(video).flatten(0, 3)).square().mean()
     assert error.item() == pytest.approx(best.item(), rel=2e-2, abs=1e-7)
+    assert (vae.basis.gather(0, vae.basis.abs().argmax(0, keepdim=True)) > 0).all()     # the same signs on every rank
 
 
 def test_patch_code_overlaps():
