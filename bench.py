@@ -6,16 +6,15 @@
 CPU seconds are those of this process, all threads together: what a frame costs, however many cores share it.
 Each line gives the median of the repeats, and the least and the largest.
 """
-import argparse
 import importlib.util
 import statistics
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
 
+import common
 import data
 import infer
 
@@ -71,9 +70,7 @@ def student(repeats):
 
 
 def main(argv=None):
-    cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                  allow_abbrev=False)
-    cli.error = lambda message: sys.exit(f"{cli.prog}: {message}; see --help")
+    cli = common.command_line(__doc__)
     cli.add_argument("what", choices=["student"])
     cli.add_argument("--repeats", type=int, default=3, help="measurements of each line (default 3)")
     args = cli.parse_args(argv)

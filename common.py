@@ -17,15 +17,21 @@ import torch.distributed as dist
 # configuration
 
 
+def command_line(description):
+    """An argument parser without abbreviations that answers a mistake with one line, not with the whole usage."""
+    cli = argparse.ArgumentParser(allow_abbrev=False, description=description,
+                                  formatter_class=argparse.RawDescriptionHelpFormatter)
+    cli.error = lambda message: sys.exit(f"{cli.prog}: {message}; see --help")
+    return cli
+
+
 def parse_config(Config, presets, argv=None):
     """Build a Config. Later wins: field defaults < --preset NAME < --field VALUE.
 
     The trailing comment of a field is its --help text. Unknown flags and values of the wrong type stop the script.
     """
     comments = dict(re.findall(r"^    (\w+):.*?#\s*(.*)$", inspect.getsource(Config), re.M))
-    cli = argparse.ArgumentParser(allow_abbrev=False, description=sys.modules[Config.__module__].__doc__,
-                                  formatter_class=argparse.RawDescriptionHelpFormatter)
-    cli.error = lambda message: sys.exit(f"{cli.prog}: {message}; see --help")     # one line, not the whole usage
+    cli = command_line(sys.modules[Config.__module__].__doc__)
     cli.add_argument("--preset", choices=list(presets), default=next(iter(presets)), help="scale of the run")
     for f in fields(Config):
         note = f"{comments.get(f.name, '')} (default {f.default!r})".replace("%", "%%")

@@ -13,7 +13,6 @@ Frames out = frames in, at the same times, with the sound copied. Memory does no
 frames overlap and are blended, and none reaches across a cut. OUTPUT appears when it is whole; what an interrupted
 run has finished stays in a hidden folder beside it, for --resume.
 """
-import argparse
 import itertools
 import os
 import re
@@ -31,6 +30,7 @@ from einops import rearrange
 from PIL import Image
 from tqdm import tqdm
 
+import common
 import data
 import media
 import model as M
@@ -262,9 +262,7 @@ def run(source, target, upscaler, args, stamp):
 
 
 def arguments(argv):
-    cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                  allow_abbrev=False)
-    cli.error = lambda message: sys.exit(f"{cli.prog}: {message}; see --help")
+    cli = common.command_line(__doc__)
     cli.add_argument("input"), cli.add_argument("output")
     cli.add_argument("--ckpt", default=STUDENT, help="checkpoint of any stage (default: the student that ships)")
     cli.add_argument("--part", default="student", help='network in it: student, or "ema" (stage 0), "cfg" (stage 1)')
