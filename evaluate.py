@@ -61,7 +61,7 @@ class Config:
     lr: str = ""                    # their inputs, if there are any
     seam: int = 80                  # pixels from tile to tile, for the column `seam` [infer.py: 80]
     chunk: int = 12                 # frames from chunk to chunk, for the column `chunk` [infer.py: 12]
-    extra: bool = False             # MUSIQ, CLIP-IQA, LPIPS, DISTS through pyiqa, if it is installed
+    extra: bool = False             # MUSIQ, CLIP-IQA, LPIPS, DISTS of pyiqa, and DOVER, where they are installed
 
 
 PRESETS = {                         # the first one is the default
@@ -259,11 +259,11 @@ def score(row, source, output, clip, cfg, extra):
 
 def extra_metrics(wanted):
     """({column: function (frames, hr or None) -> float}, {column: why there is none}) of the columns in EXTRA."""
+    if not wanted:
+        return {}, dict.fromkeys(EXTRA, "not asked for: --extra")
     found, absent = {}, {}
     for name in EXTRA:
         try:
-            if not wanted:
-                raise ValueError("not asked for: --extra")
             found[name] = dover_metric() if name == "dover" else pyiqa_metric(name)
         except Exception as error:                              # weights are downloaded, which fails in many ways
             absent[name] = (str(error) or type(error).__name__).splitlines()[0][:160]

@@ -370,6 +370,13 @@ def tiled(net, tile, overlap=(1, 4, 4), at_once=8):
 # the video code
 
 
+def turning(angle):
+    """(4, 4), orthogonal: of four pixels [a, b | c, d] keeps the sums a + d and b + c, and rotates the differences."""
+    halves = torch.tensor([[1., 0, 0, 1], [0, 1, 1, 0], [1, 0, 0, -1], [0, 1, -1, 0]]) / 2 ** 0.5
+    c, s = math.cos(angle), math.sin(angle)
+    return halves.T @ torch.block_diag(torch.eye(2), torch.tensor([[c, -s], [s, c]])) @ halves
+
+
 class PatchVAE(nn.Module):
     """A linear video code: PCA of 4 x 4 x 4 pixel patches that overlap, in closed form; nothing in it is trained.
 
@@ -389,11 +396,8 @@ class PatchVAE(nn.Module):
         self.register_buffer("mean", torch.zeros(192))
         self.register_buffer("basis", torch.zeros(192, 16))
         self.register_buffer("scale", torch.ones(16))
-        halves = torch.tensor([[1., 0, 0, 1], [0, 1, 1, 0], [1, 0, 0, -1], [0, 1, -1, 0]]) / 2 ** 0.5
-        for name, angle in zip(("turn", "turn_back"), (self.angles[0], -self.angles[1]), strict=True):
-            c, s = math.cos(angle), math.sin(angle)
-            rotation = torch.block_diag(torch.eye(2), torch.tensor([[c, -s], [s, c]]))
-            self.register_buffer(name, halves.T @ rotation @ halves, persistent=False)  # orthogonal, (4, 4)
+        self.register_buffer("turn", turning(self.angles[0]), persistent=False)
+        self.register_buffer("turn_back", turning(-self.angles[1]), persistent=False)
 
     def lap(self, video, turn):
         """Multiply the four pixels around every patch border by turn (4, 4), along height, then width, in place."""
@@ -432,6 +436,7 @@ class PatchVAE(nn.Module):
         return self.draw(z, self.mean)
 
     def draw(self, z, mean):
+        """The video of z above this mean patch (192,)."""
         x = torch.addmm(mean, rearrange(z, "B C T H W -> (B T H W) C") * self.scale, self.basis.T)
         x = rearrange(x, "(B T H W) (c f p q) -> B c (T f) (H p) (W q)", B=len(z), H=z.shape[3], W=z.shape[4],
                       c=3, f=4, p=4, q=4)[:, :, 3:]
