@@ -74,6 +74,7 @@ def main(argv=None):
     cli.add_argument("what", choices=["student"])
     cli.add_argument("--repeats", type=int, default=3, help="measurements of each line (default 3)")
     args = cli.parse_args(argv)
+    common.keep_memory()
     print(f"CPU seconds per 1024 x 1024 frame, {torch.get_num_threads()} threads, torch {torch.__version__}")
     student(args.repeats)
 

@@ -53,7 +53,7 @@ def to_uint8(video):
     """float (3, F, H, W), or (1, 3, F, H, W), in [-1, 1] -> uint8 (F, H, W, 3), clamped and rounded (not cut off)."""
     if video.dim() == 5:
         video = video.squeeze(0)
-    video = ((video.detach().float() + 1) * 127.5).clamp(0, 255).round().byte()
+    video = (video.detach().float() + 1).mul_(127.5).clamp_(0, 255).round_().byte()
     return video.permute(1, 2, 3, 0).cpu().numpy()
 
 
@@ -61,7 +61,7 @@ def upsample(lr, size):
     """LR (B, 3, F, h, w) -> (B, 3, F, H, W) with size = (H, W), bicubic; the same in training and inference."""
     b = lr.shape[0]
     x = F.interpolate(rearrange(lr, "B C F h w -> (B F) C h w"), size=tuple(size), mode="bicubic", align_corners=False)
-    return rearrange(x, "(B F) C H W -> B C F H W", B=b).clamp(-1, 1)
+    return rearrange(x.clamp_(-1, 1), "(B F) C H W -> B C F H W", B=b)
 
 
 # ---------------------------------------------------------------------------------------------- degradation

@@ -454,6 +454,7 @@ def make(cfg, device):
 
 def main(cfg):
     device = common.setup()[2]
+    common.keep_memory()
     out = Path(cfg.out, "report")
     # 1) every row upscales every clip
     clips, made, rows, titles, warnings = make(cfg, device)

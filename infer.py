@@ -82,7 +82,7 @@ def load(ckpt, part, device, tile=0):
     clip = data.CLIPS[info["config"]["model"]]
     side = max(2, (tile or clip["crop"]) // (2 * vae.stride) * 2)       # tokens are 2 x 2 latents
     share = min(4, side // 4 * 2)
-    return partial(upscale, M.tiled(net, (clip["window"], side, side), (1, share, share)), vae, clip["window"], device)
+    return partial(upscale, M.tiled(net, (clip["window"], side, side), (0, share, share)), vae, clip["window"], device)
 
 
 def noise(shape, start, seed):
@@ -110,7 +110,11 @@ def upscale(velocity, vae, window, device, lr, steps=1, w=0.0, seed=0, start=0, 
     z_lr = vae.encode(up)
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
         z = M.sample(velocity, noise(z_lr.shape, start, seed).to(device), z_lr, steps, w=w)
-    out = COLORS[color](vae.draw_onto(up, z_lr, z), up)[0, :, :count, :4 * h, :4 * width]
+    out = vae.draw_onto(up, z_lr, z)
+    for k in range(count):                                              # frame by frame: it takes less memory
+        frame = (..., slice(k, k + 1), slice(None), slice(None))
+        out[frame] = COLORS[color](out[frame], up[frame])
+    out = out[0, :, :count, :4 * h, :4 * width]
     if scale != 4:
         out = F.interpolate(out.transpose(0, 1), size=(scale * h, scale * width), mode="bicubic", antialias=True)
         out = out.transpose(0, 1)
@@ -271,7 +275,7 @@ def arguments(argv):
     cli.add_argument("--w", type=float, default=0.0, help="guidance weight of a multi-step teacher (default 0)")
     cli.add_argument("--seed", type=int, default=0, help="of the noise")
     cli.add_argument("--tile", type=int, default=0, help="output pixels seen at once (default: as in training)")
-    cli.add_argument("--chunk", type=int, default=17, help="frames in memory at once, 4k + 1 (default 17)")
+    cli.add_argument("--chunk", type=int, default=33, help="frames in memory at once, 4k + 1 (default 33)")
     cli.add_argument("--overlap", type=int, default=4, help="frames blended between chunks, 4k (default 4)")
     cli.add_argument("--color", choices=list(COLORS), default="wavelet", help="what keeps the input's colours")
     cli.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
@@ -290,6 +294,7 @@ def arguments(argv):
 
 def main(argv=None):
     args = arguments(argv)
+    common.keep_memory()
     try:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else \
             torch.device(args.device)

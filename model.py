@@ -339,7 +339,7 @@ def tile_weight(n, overlap, device):
     return ((1 + torch.minimum(i, n - 1 - i)) / (overlap + 1)).clamp_max(1.0)
 
 
-def tiled(net, tile, overlap=(1, 4, 4), at_once=8):
+def tiled(net, tile, overlap=(0, 4, 4), at_once=8):
     """A velocity function (z, t, z_lr, text) for latents of any size: net on overlapping tiles, blended.
 
     tile, overlap: (T, H, W) in latent pixels, H and W even. The noise is in z, so tiles that overlap see the same.
@@ -370,13 +370,6 @@ def tiled(net, tile, overlap=(1, 4, 4), at_once=8):
 # the video code
 
 
-def turning(angle):
-    """(4, 4), orthogonal: of four pixels [a, b | c, d] keeps the sums a + d and b + c, and rotates the differences."""
-    halves = torch.tensor([[1., 0, 0, 1], [0, 1, 1, 0], [1, 0, 0, -1], [0, 1, -1, 0]]) / 2 ** 0.5
-    c, s = math.cos(angle), math.sin(angle)
-    return halves.T @ torch.block_diag(torch.eye(2), torch.tensor([[c, -s], [s, c]])) @ halves
-
-
 class PatchVAE(nn.Module):
     """A linear video code: PCA of 4 x 4 x 4 pixel patches that overlap, in closed form; nothing in it is trained.
 
@@ -396,27 +389,35 @@ class PatchVAE(nn.Module):
         self.register_buffer("mean", torch.zeros(192))
         self.register_buffer("basis", torch.zeros(192, 16))
         self.register_buffer("scale", torch.ones(16))
-        self.register_buffer("turn", turning(self.angles[0]), persistent=False)
-        self.register_buffer("turn_back", turning(-self.angles[1]), persistent=False)
 
-    def lap(self, video, turn):
-        """Multiply the four pixels around every patch border by turn (4, 4), along height, then width, in place."""
-        rows = video[..., 2:-2, :].unflatten(-2, (-1, 4))
-        rows.copy_(torch.einsum("...hpw,qp->...hqw", rows, turn))
-        columns = video[..., 2:-2].unflatten(-1, (-1, 4))
-        columns.copy_(columns @ turn.T)
+    def lap(self, video, angle):
+        """Turn the four pixels a, b | c, d around every patch border, along height, then width, in place: a + d and
+        b + c stay, (a - d, b - c) is rotated by `angle`. An orthogonal map; -angle undoes it."""
+        c, s = math.cos(angle), math.sin(angle)
+        for axis in (-2, -1):
+            inner = video.narrow(axis, 2, video.shape[axis] - 4)
+            first, second, third, fourth = inner.unflatten(axis, (-1, 4)).unbind(axis)
+            u, v = (first - fourth) / 2, (second - third) / 2
+            du, dv = (c - 1) * u - s * v, s * u + (c - 1) * v
+            first += du
+            fourth -= du
+            second += dv
+            third -= dv
         return video
 
     def patches(self, video):
-        """(B, 3, F, 4H, 4W) -> (B, T, H, W, 192)."""
+        """(B, 3, F, 4H, 4W) -> T times (B, H, W, 192), one latent frame after another: all at once would take several
+        times the memory of the video."""
         if (video.shape[2] - 1) % 4 or video.shape[3] % 4 or video.shape[4] % 4:
             raise ValueError(f"video {tuple(video.shape)}: F must be 4 n + 1, height and width multiples of 4")
-        video = self.lap(torch.cat([video[:, :, :1].expand(-1, -1, 3, -1, -1), video], dim=2), self.turn)
-        return rearrange(video, "B c (T f) (H p) (W q) -> B T H W (c f p q)", f=4, p=4, q=4)
+        for k in range(0, video.shape[2], 4):
+            group = video[:, :, k - 3:k + 1] if k else video[:, :, :1].expand(-1, -1, 4, -1, -1)
+            group = self.lap(group.clone(memory_format=torch.contiguous_format), self.angles[0])
+            yield rearrange(group, "B c f (H p) (W q) -> B H W (c f p q)", p=4, q=4)
 
     def fit(self, videos):
         """Principal components of the patches of videos (B, 3, F, 4H, 4W), in closed form."""
-        x = self.patches(videos).flatten(0, 3).double()
+        x = torch.stack(list(self.patches(videos)), dim=1).flatten(0, 3).double()
         self.mean.copy_(x.mean(0))
         variance, vectors = torch.linalg.eigh(torch.cov(x.T))           # ascending
         std = variance[-16:].flip(0).clamp_min(1e-8).sqrt()
@@ -428,26 +429,31 @@ class PatchVAE(nn.Module):
 
     def encode(self, video):
         """(B, 3, F, 4H, 4W) in [-1, 1] -> (B, 16, T, H, W)."""
-        z = (self.patches(video) @ self.basis - self.mean @ self.basis) / self.scale
-        return rearrange(z, "B T H W C -> B C T H W")
+        z = [(x @ self.basis - self.mean @ self.basis) / self.scale for x in self.patches(video)]
+        return rearrange(z, "T B H W C -> B C T H W")
 
     def decode(self, z):
         """(B, 16, T, H, W) -> (B, 3, F, 4H, 4W)."""
-        return self.draw(z, self.mean)
+        return torch.cat(list(self.draw(z, self.mean)), dim=2)
 
     def draw(self, z, mean):
-        """The video of z above this mean patch (192,)."""
-        x = torch.addmm(mean, rearrange(z, "B C T H W -> (B T H W) C") * self.scale, self.basis.T)
-        x = rearrange(x, "(B T H W) (c f p q) -> B c (T f) (H p) (W q)", B=len(z), H=z.shape[3], W=z.shape[4],
-                      c=3, f=4, p=4, q=4)[:, :, 3:]
-        return self.lap(x.contiguous(), self.turn_back)
+        """What z adds to this mean patch (192,): for each latent frame its 4 frames, or 1, (B, 3, 1 or 4, 4H, 4W)."""
+        B, _, T, H, W = z.shape
+        for k in range(T):
+            x = torch.addmm(mean, rearrange(z[:, :, k], "B C H W -> (B H W) C") * self.scale, self.basis.T)
+            x = rearrange(x, "(B H W) (c f p q) -> B c f (H p) (W q)", B=B, H=H, W=W, c=3, f=4, p=4, q=4)
+            yield self.lap((x if k else x[:, :, 3:]).contiguous(), -self.angles[1])
 
     def draw_onto(self, video, z, z_0):
         """video, whose latent is z, changed as the latent changes from z to z_0: what has no latent stays in it.
 
         This is video + decode(z_0) - decode(z): the code is linear.
         """
-        return self.draw(z_0 - z, torch.zeros_like(self.mean)).add_(video)
+        out, end = torch.empty_like(video), 0
+        for change in self.draw(z_0 - z, torch.zeros_like(self.mean)):
+            start, end = end, end + change.shape[2]
+            torch.add(video[:, :, start:end], change, out=out[:, :, start:end])
+        return out
 
 
 # ----------------------------------------------------------------------------

@@ -1,4 +1,6 @@
 """The networks: shapes, sizes, token order, taps, the discriminator head, the video code, loading."""
+import math
+
 import pytest
 import torch
 from einops import rearrange
@@ -185,11 +187,11 @@ def test_patch_code_is_the_best_linear_one():
     video = smooth_video()
     vae = M.PatchVAE()
     vae.fit(video)
-    x = vae.patches(video).flatten(0, 3)
-    x = x - x.mean(0)
+    patches = torch.stack(list(vae.patches(video)), dim=1).flatten(0, 3)
+    x = patches - patches.mean(0)
     best = torch.linalg.svdvals(x.double())[16:].square().sum() / x.numel()             # Eckart-Young
     z = rearrange(vae.encode(video), "B C T H W -> (B T H W) C")
-    error = (z * vae.scale @ vae.basis.T + vae.mean - vae.patches(video).flatten(0, 3)).square().mean()
+    error = (z * vae.scale @ vae.basis.T + vae.mean - patches).square().mean()
     assert error.item() == pytest.approx(best.item(), rel=2e-2, abs=1e-7)
     assert (vae.basis.gather(0, vae.basis.abs().argmax(0, keepdim=True)) > 0).all()     # the same signs on every rank
 
@@ -197,11 +199,12 @@ def test_patch_code_is_the_best_linear_one():
 def test_patch_code_overlaps():
     vae = M.PatchVAE()
     video = torch.randn(1, 3, 5, 24, 32)
-    lapped = vae.lap(video.clone(), vae.turn)
-    torch.testing.assert_close(vae.lap(lapped.clone(), vae.turn.T), video)                      # orthogonal
-    torch.testing.assert_close(lapped.square().sum(), video.square().sum())
-    torch.testing.assert_close(vae.lap(torch.ones_like(video), vae.turn), torch.ones_like(video))
-    torch.testing.assert_close(vae.turn_back @ vae.turn_back.T, torch.eye(4))
+    lapped = vae.lap(video.clone(), 0.5)
+    torch.testing.assert_close(vae.lap(lapped.clone(), -0.5), video)
+    torch.testing.assert_close(lapped.square().sum(), video.square().sum())                     # orthogonal
+    torch.testing.assert_close(vae.lap(torch.ones_like(video), 0.5), torch.ones_like(video))
+    row = vae.lap(torch.tensor([0, 0, 1, 0, 0, 0, 0, 0.0]).expand(1, 3, 1, 8, 8).clone(), math.pi / 2)
+    torch.testing.assert_close(row[0, 0, 0, 0], torch.tensor([0, 0, 0.5, 0.5, -0.5, 0.5, 0, 0]))  # (u, v) -> (-v, u)
     vae.fit(smooth_video())
     z = torch.zeros(1, 16, 2, 6, 6)
     z[0, :, 1, 2, 3] = 1
@@ -232,11 +235,11 @@ def test_patches_that_do_not_agree_show_no_grid():
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(M.PatchVAE, "angles", angles)
             vae = M.PatchVAE()
-        vae.fit(hr)
-        z_lr, z = vae.encode(low), vae.encode(hr)
-        sign = 2.0 * torch.randint(0, 2, (1, 1, 2, 40, 60)).repeat_interleave(2, 3).repeat_interleave(2, 4) - 1
-        grid[angles] = [metrics.grid(data.to_uint8(vae.draw_onto(low, z_lr, x)))
-                        for x in (z, z_lr + sign * (z - z_lr))]
+            vae.fit(hr)
+            z_lr, z = vae.encode(low), vae.encode(hr)
+            sign = 2.0 * torch.randint(0, 2, (1, 1, 2, 40, 60)).repeat_interleave(2, 3).repeat_interleave(2, 4) - 1
+            grid[angles] = [metrics.grid(data.to_uint8(vae.draw_onto(low, z_lr, x)))
+                            for x in (z, z_lr + sign * (z - z_lr))]
     apart, lapped = grid.values()
     assert apart[1] > 1.5 and 0.85 < lapped[0] < 1.05 and 0.95 < lapped[1] < 1.12
 
