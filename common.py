@@ -1,5 +1,6 @@
 """Plumbing shared by every script. Nothing in this file comes from the paper, and importing it does nothing."""
 import argparse
+import contextlib
 import ctypes
 import datetime
 import inspect
@@ -13,6 +14,7 @@ from dataclasses import asdict, fields
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 # ----------------------------------------------------------------------------
 # configuration
@@ -36,12 +38,13 @@ def parse_config(Config, presets, argv=None):
     cli.add_argument("--preset", choices=list(presets), default=next(iter(presets)), help="scale of the run")
     for f in fields(Config):
         note = f"{comments.get(f.name, '')} (default {f.default!r})".replace("%", "%%")
+        names = dict.fromkeys([f"--{f.name}", f"--{f.name.replace('_', '-')}"])     # either way of writing it
         if isinstance(f.default, bool):
-            cli.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, help=note)
+            cli.add_argument(*names, action=argparse.BooleanOptionalAction, help=note)
         elif isinstance(f.default, tuple):
-            cli.add_argument(f"--{f.name}", nargs="+", type=type(f.default[0]), help=note)
+            cli.add_argument(*names, nargs="+", type=type(f.default[0]), help=note)
         else:
-            cli.add_argument(f"--{f.name}", type=type(f.default), help=note)
+            cli.add_argument(*names, type=type(f.default), help=note)
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(cli.parse_args(argv)).items() if v is not None}
     return Config(**(presets[given.pop("preset")] | given))
 
@@ -98,14 +101,29 @@ def reseed(*key):
     torch.manual_seed(zlib.crc32(repr(key).encode()))
 
 
-def draw(sampler, shape, rank, world, device):
-    """This rank's rows of sampler((world * shape[0], ...)), torch.rand or torch.randn.
+def draw(sampler, shape, part, parts, device):
+    """Rows of one part of the batch, (B, ...), of sampler((parts * B, ...)), torch.rand or torch.randn.
 
-    The numbers are drawn for the whole batch from the seed that all ranks share: two ranks with batch B train
-    on what one process with batch 2B would, and no two ranks see the same noise.
+    A batch has a part for each process and each accumulated pass, parts = world * accumulate. The numbers are drawn
+    for the whole batch from the seed that all share: two parts with batch B train on what one with batch 2B would, and
+    no two see the same noise.
     """
     n = shape[0]
-    return sampler((world * n, *shape[1:]), device=device)[rank * n:(rank + 1) * n]
+    return sampler((parts * n, *shape[1:]), device=device)[part * n:(part + 1) * n]
+
+
+def accumulating(last, *networks):
+    """A context for one of several passes whose gradients add up: DDP averages over processes in the last alone."""
+    stack = contextlib.ExitStack()
+    for net in networks:
+        if hasattr(net, "no_sync") and not last:
+            stack.enter_context(net.no_sync())
+    return stack
+
+
+def parallel(net, world):
+    """net in DistributedDataParallel, if there are several processes."""
+    return DistributedDataParallel(net, gradient_as_bucket_view=True) if world > 1 else net
 
 
 def mean(value):

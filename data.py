@@ -23,6 +23,7 @@ import json
 import math
 import os
 import uuid
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from fractions import Fraction
@@ -535,20 +536,32 @@ class Bank:
         crops = [self.crop(*divmod(i, self.n)) for i in range(first, first + count)]
         return tuple(torch.stack([to_tensor(c[k]) for c in crops]) for k in (0, 1))
 
+    def latents(self, vae, first, count, device, soft=None, u=None):
+        """(z_hr, z_lr), (count, C, T, H, W), of such items. soft: (count,) bool, HR to blur first, by SOFT and u."""
+        hr, lr = (x.to(device) for x in self.batch(first, count))
+        z_lr = vae.encode(upsample(lr, hr.shape[-2:]))
+        if soft is not None:
+            hr = torch.where(soft.view(-1, 1, 1, 1, 1), soften(hr, SOFT[0] + SOFT[1] * u), hr)
+        return vae.encode(hr), z_lr
+
 
 # ---------------------------------------------------------------------------------------------- what the stages use
 
 CLIPS = {       # by model. size: px of a stored clip; crop: px of a training crop; window: latent frames trained on
-    "tiny":  dict(frames=13, size=192, crop=96, window=3, strength="light"),
-    "small": dict(frames=13, size=256, crop=128, window=3, strength="light"),
+    "tiny":    dict(frames=13, size=192, crop=96, window=3, strength="light"),
+    "small":   dict(frames=13, size=256, crop=128, window=3, strength="light"),
+    "wan1.3b": dict(frames=21, size=640, crop=640, window=6, strength="realbasicvsr"),
 }
 
 
 def training_bank(cfg, rank):
-    """(Bank, its row of CLIPS) of the folder cfg.data; rank 0 builds it while the others wait."""
-    if cfg.model not in CLIPS:
-        raise SystemExit(f"model {cfg.model!r}: there are clips for {', '.join(CLIPS)} (CLIPS in data.py)")
+    """(Bank or LatentBank, its row of CLIPS) of the folder cfg.data, or of the file cfg.latents if one is named.
+
+    Rank 0 builds a Bank while the others wait.
+    """
     clip = CLIPS[cfg.model]
+    if getattr(cfg, "latents", ""):
+        return LatentBank(cfg.latents, cfg.model), clip
     clips = Clips(cfg.data, clip["frames"], clip["size"], clip["strength"], cfg.seed)
     cache = Path(cfg.out).parent / "cache"
     if rank > 0:
@@ -559,31 +572,114 @@ def training_bank(cfg, rank):
     return bank, clip
 
 
-def encode_pair(vae, hr, lr, window):
-    """(z_hr, z_lr) of a batch: HR and the upsampled LR, encoded, then one random run of `window` latent frames.
+def random_run(window, *latents):
+    """The same random run of `window` latent frames of each, (B, C, T, H, W) -> (B, C, window, H, W).
 
     The first latent frame of a clip holds a single video frame; a model that sees runs from anywhere in a clip
     learns both kinds of first frame, and a long video can be cut in latent space.
     """
-    z_hr, z_lr = vae.encode(hr), vae.encode(upsample(lr, hr.shape[-2:]))
-    first = int(torch.randint(z_hr.shape[2] - window + 1, ()))
-    return z_hr[:, :, first:first + window], z_lr[:, :, first:first + window]
+    first = int(torch.randint(latents[0].shape[2] - window + 1, ()))
+    return tuple(z[:, :, first:first + window] for z in latents)
 
 
-@torch.no_grad()
-def residual_variance(bank, vae, device):
-    """Mean square of z_hr - z_lr of some clips in each latent channel, (C,), for model.linear_velocity."""
-    hr, lr = (x.to(device) for x in bank.batch(0, min(64, len(bank))))
-    return (vae.encode(hr) - vae.encode(upsample(lr, hr.shape[-2:]))).square().mean(dim=(0, 2, 3, 4))
+def soften(video, sigma):
+    """Gaussian blur of standard deviation sigma (B,) pixels. video: (B, 3, F, H, W)."""
+    x = torch.arange(-4.0, 5.0, device=video.device)
+    kernel = torch.softmax(-x.square() / (2 * sigma[:, None].square()), dim=1)                  # (B, 9)
+    flat = video.flatten(1, 2).transpose(0, 1)                                                  # (3F, B, H, W)
+    flat = F.pad(flat, (4, 4, 4, 4), mode="replicate")
+    flat = F.conv2d(flat, kernel[:, None, :, None], groups=len(video))
+    flat = F.conv2d(flat, kernel[:, None, None, :], groups=len(video))
+    return flat.transpose(0, 1).unflatten(1, (3, -1))
+
+
+SOFT = 0.7, 0.8     # px: targets of the negative prompt are blurred by 0.7 + 0.8 u, u ~ U(0, 1) [ours]
 
 
 @torch.no_grad()
 def panel_batch(bank, vae, clip, seed, device):
     """(z_hr, z_lr, eps) of four crops, the same whenever a run asks: what panels show, so that they can be compared."""
     torch.manual_seed(seed)
-    hr, lr = (x.to(device) for x in bank.batch(0, 4))
-    z_hr, z_lr = encode_pair(vae, hr, lr, clip["window"])
+    z_hr, z_lr = random_run(clip["window"], *bank.latents(vae, 0, 4, device))
     return z_hr, z_lr, torch.randn_like(z_hr)
+
+
+# ---------------------------------------------------------------------------------------------- cached latents
+
+
+def fingerprint(vae):
+    """A number that two video codes share only if their weights are the same."""
+    return zlib.crc32(b"".join(x.float().cpu().numpy().tobytes() for x in vae.state_dict().values()))
+
+
+class LatentBank:
+    """Clips that were degraded and encoded once, by `data.py prepare --latents`: a large video code costs a quarter of
+    a training step. FILE holds rows of (3, C, T, H, W) fp16, the latents of HR, LR and the softened HR; FILE.pt the
+    code, the shape and how many rows are done.
+    """
+
+    def __init__(self, path, model):
+        self.about = read_latents_about(path)
+        if self.about["model"] != model:
+            raise SystemExit(f"{path}: latents for the model {self.about['model']}, not {model}")
+        if self.about["done"] < self.about["count"]:
+            raise SystemExit(f"{path}: {self.about['done']} of {self.about['count']} clips; the command that made it "
+                             "goes on where it stopped")
+        self.rows = np.memmap(path, np.float16, "r", shape=(self.about["count"], *self.about["shape"]))
+
+    def __len__(self):
+        return len(self.rows)
+
+    def latents(self, vae, first, count, device, soft=None, u=None):
+        """(z_hr, z_lr) of items first..first+count-1 of an endless stream; each clip once per epoch, in a new order."""
+        if fingerprint(vae) != self.about["vae_id"]:
+            raise SystemExit("the latents were made with another video code than the checkpoint's: prepare them again")
+        rows = [np.random.default_rng([0, epoch]).permutation(len(self))[k]
+                for epoch, k in (divmod(i, len(self)) for i in range(first, first + count))]
+        z_hr, z_lr, z_soft = (torch.from_numpy(self.rows[rows, k].astype(np.float32)).to(device) for k in range(3))
+        if soft is not None:
+            z_hr = torch.where(soft.view(-1, 1, 1, 1, 1), z_soft, z_hr)
+        return z_hr, z_lr
+
+
+def read_latents_about(path):
+    """The dict beside a file of latents: model, shape, count, done, vae (its state dict), vae_id, source."""
+    try:
+        return torch.load(f"{path}.pt", map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise SystemExit(f"{path}.pt: not readable ({type(error).__name__}); make latents with data.py prepare "
+                         "--latents") from None
+
+
+@torch.no_grad()
+def prepare_latents(path, folder, model, vae, count, seed=0, device="cpu", save_every=16):
+    """Degrade and encode `count` clips of a folder of media into a file for LatentBank; goes on where it stopped."""
+    clip = CLIPS[model]
+    clips = Clips(folder, clip["frames"], clip["size"], clip["strength"], seed)
+    side, T = clip["crop"] // vae.stride, (clip["frames"] - 1) // 4 + 1
+    about = {"model": model, "shape": (3, vae.channels, T, side, side), "count": count, "done": 0,
+             "vae": vae.state_dict(), "vae_id": fingerprint(vae), "source": [str(folder), seed, len(clips)]}
+    if Path(f"{path}.pt").exists():
+        before = read_latents_about(path)
+        if any(before[k] != about[k] for k in ("model", "shape", "count", "vae_id", "source")):
+            raise SystemExit(f"{path}: made with other settings or another video code; name another file")
+        about = before
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    rows = np.memmap(path, np.float16, "r+" if about["done"] else "w+", shape=(count, *about["shape"]))
+    for i in tqdm(range(about["done"], count), f"latents of {folder}", initial=about["done"], total=count):
+        rng = np.random.default_rng([seed, i])
+        y, x = rng.integers(0, (clip["size"] - clip["crop"]) // SCALE + 1, 2)
+        sides = ((k, clip["crop"] * k // SCALE) for k in (SCALE, 1))
+        hr, lr = (to_tensor(v[:, k * y:k * y + side, k * x:k * x + side])[None].to(device)
+                  for v, (k, side) in zip(clips.clip(0, i), sides, strict=True))
+        sigma = torch.tensor([SOFT[0] + SOFT[1] * rng.random()], device=device, dtype=torch.float32)
+        videos = (hr, upsample(lr, hr.shape[-2:]), soften(hr, sigma))
+        rows[i] = torch.cat([vae.encode(v) for v in videos]).half().cpu().numpy()
+        if (i + 1) % save_every == 0 or i + 1 == count:
+            rows.flush()
+            about["done"] = i + 1
+            torch.save(about, f"{path}.pt.tmp")
+            os.replace(f"{path}.pt.tmp", f"{path}.pt")
 
 
 # ---------------------------------------------------------------------------------------------- prepare

@@ -28,6 +28,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
+from torch.utils.checkpoint import checkpoint
 
 NULL, POSITIVE, NEGATIVE = 0, 1, 2      # prompt ids: no text, high quality, low quality
 AGAINST = NEGATIVE                      # the "null" of guidance, what it leaves: NULL [paper], NEGATIVE [SeedVR]
@@ -225,6 +226,7 @@ class DiT(nn.Module):
                  channels=16):
         super().__init__()
         self.rope = rope                                                # base of the rotary frequencies
+        self.checkpointing = False                                      # keep block inputs, compute the rest twice
         self.register_buffer("residual", torch.full((channels,), 0.5) if residual else None)    # set by stage 0
         self.patch_embedding = nn.Conv3d(2 * channels, dim, (1, 2, 2), stride=(1, 2, 2))
         self.text_embedding = nn.Sequential(nn.Linear(text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim))
@@ -260,7 +262,7 @@ class DiT(nn.Module):
         """
         context = self.prompts[text] if text.dtype == torch.long else text
         context = self.text_embedding(context)                          # (B, prompt_len, D); padding is attended to
-        with torch.autocast(z.device.type, enabled=False):              # time in fp32: it scales everything
+        with torch.autocast("cuda" if z.is_cuda else "cpu", enabled=False):     # time in fp32: it scales everything
             e = self.time_embedding(sinusoid(1000 * t))                 # (B, D)
             e0 = self.time_projection(e).unflatten(1, (6, -1))          # (B, 6, D)
         x = self.patch_embedding(torch.cat([z, z_lr], dim=1))           # (B, D, T, H/2, W/2)
@@ -269,13 +271,54 @@ class DiT(nn.Module):
         table = rope_table(T, H, W, x.shape[-1] // self.blocks[0].self_attn.heads, self.rope, x.device)
         features = []
         for i, block in enumerate(self.blocks):
-            x = block(x, e0, context, table)
+            if self.checkpointing and torch.is_grad_enabled():          # the reentrant kind gives frozen inputs nothing
+                x = checkpoint(block, x, e0, context, table, use_reentrant=False)
+            else:
+                x = block(x, e0, context, table)
             if i in taps:
                 features.append(x)
         v = rearrange(self.head(x, e), "B (T H W) (p q C) -> B C T (H p) (W q)", T=T, H=H, W=W, p=2, q=2)
         if self.residual is not None:
             v = v + linear_velocity(z, t, z_lr, self.residual)
         return (v, features) if taps else v
+
+
+def halve(net):
+    """The linear layers of a frozen net's blocks in bf16, nearly all of it: under bf16 autocast the same numbers."""
+    for module in net.blocks.modules():
+        if isinstance(module, nn.Linear):
+            module.bfloat16()
+    return net
+
+
+class LoRA(nn.Module):
+    """Low-rank adapters of all linear layers in the blocks of a frozen DiT (Hu et al. 2021): y + up(down(x)).
+
+    up starts at 0. The adapters become net.lora, where DDP finds them; `merged` is the net without them.
+    """
+
+    def __init__(self, net, rank):
+        super().__init__()
+        layers = {name: layer for name, layer in net.blocks.named_modules() if isinstance(layer, nn.Linear)}
+        self.names = list(layers)
+        self.down = nn.ModuleList(nn.Linear(x.in_features, rank, bias=False) for x in layers.values())
+        self.up = nn.ModuleList(nn.Linear(rank, x.out_features, bias=False) for x in layers.values())
+        for layer, down, up in zip(layers.values(), self.down, self.up, strict=True):
+            nn.init.zeros_(up.weight)
+            layer.register_forward_hook(lambda layer, inputs, y, down=down, up=up: y + up(down(inputs[0])))
+        self.to(net.head.head.weight.device)
+        net.requires_grad_(False)
+        net.lora = self
+
+
+@torch.no_grad()
+def merged(net):
+    """The state dict of a DiT with its adapters, if it has any, added to its weights: what a plain DiT loads."""
+    state = {name: x for name, x in net.state_dict().items() if not name.startswith("lora.")}
+    if hasattr(net, "lora"):
+        for name, down, up in zip(net.lora.names, net.lora.down, net.lora.up, strict=True):
+            state[f"blocks.{name}.weight"] = state[f"blocks.{name}.weight"] + up.weight @ down.weight
+    return state
 
 
 def tap_blocks(layers, fractions=(0.45, 0.72, 1.0)):
@@ -465,6 +508,11 @@ def build(name):
     if name not in MODELS:
         raise SystemExit(f"model {name!r} is unknown; MODELS in model.py has {', '.join(MODELS)}")
     return DiT(**MODELS[name])
+
+
+def build_vae(name):
+    """The video code of this model, unfitted."""
+    return PatchVAE()
 
 
 def read_checkpoint(path):

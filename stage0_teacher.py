@@ -5,6 +5,7 @@ The paper starts from such a model and does not describe its training; this one 
     python stage0_teacher.py                                    # tiny, on a CPU
     torchrun --nproc_per_node=8 stage0_teacher.py --preset small
     python stage0_teacher.py --init weights/tiny_teacher.pt --data FOLDER       # more training, on your own footage
+    torchrun --nproc_per_node=8 stage0_teacher.py --preset wan1.3b --weights WAN --vae WAN --prompts prompts.safetensors
 
 Reads   the videos and photographs under --data; the checkpoint --init, if one is named.
 Writes  out/<preset>/stage0/last.pt: net, ema (the teacher that stage I reads), vae, optimiser; run.json, log.jsonl,
@@ -18,11 +19,10 @@ from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
 import common
+import cost
 import data
 import model as M
 
@@ -36,11 +36,16 @@ class Config:
     out: str = "out/tiny"           # folder of the run; this stage writes <out>/stage0
     data: str = "samples/train"     # folder of videos and photographs
     clips: int = 256                # degraded clips kept on disk, from which crops are cut
+    latents: str = ""               # file of data.py prepare --latents, used instead of data; "": none
     init: str = ""                  # checkpoint whose ema and video code to start from; "": from scratch
+    weights: str = ""               # Wan2.1's transformer: file or folder, either layout; "random": none (wan1.3b)
+    vae: str = ""                   # Wan2.1's video code: file or folder, either layout; "random": none (wan1.3b)
+    prompts: str = ""               # file of data.py prompts; "random": none (wan1.3b)
     resume: bool = False            # continue from the last checkpoint
     seed: int = 0                   # of weights, clips and noise
     steps: int = 5_500              # optimiser steps
-    batch: int = 8                  # crops per process
+    batch: int = 8                  # crops per process and pass
+    accumulate: int = 1             # passes whose gradients make one step
     lr: float = 1e-3                # AdamW learning rate after warm-up [ours]
     warmup: int = 200               # steps from 0 to lr
     decay: float = 0.3              # last share of the steps, in which lr falls to 0
@@ -50,6 +55,8 @@ class Config:
     lr_noise: float = 0.1           # z_lr <- (1 - a) z_lr + a n, a ~ U(0, lr_noise) [SeedVR: 0.25]
     shift: float = 1.0              # time shift of the training times, uniform at 1 [SeedVR: 5 for large videos]
     compile: bool = False           # torch.compile: 1.4 times as fast on a CPU with g++, after a minute or two
+    checkpointing: bool = False     # keep the inputs of blocks alone and compute the rest twice: less memory
+    dry_run: bool = False           # print what a step costs, in passes, FLOPs and memory, and stop
     log_every: int = 20             # steps between log lines
     save_every: int = 500           # steps between checkpoints and panels
 
@@ -57,6 +64,8 @@ class Config:
 PRESETS = {                         # the first one is the default
     "tiny":  dict(),
     "small": dict(model="small", out="out/small", clips=4000, batch=16, lr=3e-4, warmup=1000),
+    "wan1.3b": dict(model="wan1.3b", out="out/wan1.3b", clips=2000, batch=1, accumulate=8, steps=10_000, lr=2e-5,
+                    ema=0.9998, lr_noise=0.25, shift=5.0, checkpointing=True),
 }
 
 # ----------------------------------------------------------------------------
@@ -80,26 +89,58 @@ def draw_prompts(u_negative, u_drop, negative, text_drop):
     return torch.where(u_drop < text_drop, M.NULL, text), soft
 
 
-def soften(video, sigma):
-    """Gaussian blur of standard deviation sigma (B,) pixels. video: (B, 3, F, H, W)."""
-    x = torch.arange(-4.0, 5.0, device=video.device)
-    kernel = torch.softmax(-x.square() / (2 * sigma[:, None].square()), dim=1)                  # (B, 9)
-    flat = video.flatten(1, 2).transpose(0, 1)                                                  # (3F, B, H, W)
-    flat = F.pad(flat, (4, 4, 4, 4), mode="replicate")
-    flat = F.conv2d(flat, kernel[:, None, :, None], groups=len(video))
-    flat = F.conv2d(flat, kernel[:, None, None, :], groups=len(video))
-    return flat.transpose(0, 1).unflatten(1, (3, -1))
-
-
 def learning_rate(step, cfg):
     """Linear warm-up, constant, linear decay to 0 over the last share of the steps."""
     return cfg.lr * min(1, (step + 1) / max(1, cfg.warmup), (cfg.steps - step) / max(1, cfg.decay * cfg.steps))
 
 
+def passes(cfg):
+    """DiT passes of a step, for cost.py: {network: how it is kept and (forward alone, input gradient, full)}."""
+    return {"net": ("trained", 0, 0, cfg.accumulate), "ema": ("average", 0, 0, 0)}
+
+
 # ----------------------------------------------------------------------------
 
 
+def start_networks(cfg, bank, device):
+    """(network, video code) to start from: a checkpoint, Wan2.1, or a fresh network and a code that suits the clips."""
+    if cfg.init:
+        net, vae, _ = M.load_checkpoint(cfg.init, "ema", device)
+        return net.requires_grad_(True), vae
+    common.reseed(cfg.seed, "weights")
+    net, vae = M.build(cfg.model).to(device), M.build_vae(cfg.model)
+    if isinstance(bank, data.LatentBank):
+        vae.load_state_dict(bank.about["vae"])
+    elif isinstance(vae, M.PatchVAE):                                   # the same data give the same code on every rank
+        vae.fit(bank.batch(0, min(64, len(bank)))[0])
+    elif cfg.vae != "random":
+        M.load_wan_vae(vae, cfg.vae)
+    vae.to(device).requires_grad_(False)
+    if not M.MODELS[cfg.model]["learned"]:
+        if cfg.weights != "random":
+            M.load_wan(net, cfg.weights)
+        if cfg.prompts != "random":
+            net.prompts.copy_(M.read_prompts(cfg.prompts, net.prompts.shape))
+    if net.residual is not None:                                        # of z_hr - z_lr, for model.linear_velocity
+        z_hr, z_lr = bank.latents(vae, 0, min(64, len(bank)), device)
+        net.residual.copy_((z_hr - z_lr).square().mean(dim=(0, 2, 3, 4)))
+    return net, vae
+
+
+def check(cfg):
+    base = not M.MODELS[cfg.model]["learned"] and not cfg.init
+    missing = [name for name in ("weights", "vae", "prompts") if base and not vars(cfg)[name]]
+    if cfg.latents and "vae" in missing:
+        missing.remove("vae")
+    if missing:
+        raise SystemExit(f"{cfg.model} starts from Wan2.1: name --{', --'.join(missing)} (README, \"The real base\")")
+
+
 def main(cfg):
+    common.check_choices(cfg, model=tuple(M.MODELS))
+    if cfg.dry_run:
+        return cost.report("stage 0", cfg, passes(cfg))
+    check(cfg)
     rank, world, device = common.setup()
     out_dir = f"{cfg.out}/stage0"
     if rank == 0:
@@ -107,51 +148,40 @@ def main(cfg):
     bank, clip = data.training_bank(cfg, rank)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
-    # the video code: the same data give the same code on every rank
-    if cfg.init:
-        _, vae, _ = M.load_checkpoint(cfg.init, "ema", device)
-    else:
-        vae = M.PatchVAE()
-        vae.fit(bank.batch(0, min(64, len(bank)))[0])
-        vae.to(device)
-
     # networks, then resume, then DDP: nothing is loaded into a wrapper
-    common.reseed(cfg.seed, "weights")
-    net = M.build(cfg.model).to(device)
-    if cfg.init:
-        net.load_state_dict(M.load_checkpoint(cfg.init, "ema")[0].state_dict())
-    elif net.residual is not None:
-        net.residual.copy_(data.residual_variance(bank, vae, device))
+    net, vae = start_networks(cfg, bank, device)
+    net.checkpointing = cfg.checkpointing
     ema = deepcopy(net).requires_grad_(False)
     optimiser = torch.optim.AdamW(net.parameters(), lr=cfg.lr, weight_decay=0.01)
-    parts = dict(net=net, ema=ema, vae=vae, optimiser=optimiser)
-    start = common.continue_from(f"{out_dir}/last.pt", cfg, parts)
+    saved = dict(net=net, ema=ema, vae=vae, optimiser=optimiser)
+    start = common.continue_from(f"{out_dir}/last.pt", cfg, saved)
     if cfg.compile:
         net.compile()
-    ddp = DDP(net) if world > 1 else net
+    ddp, parts = common.parallel(net, world), world * cfg.accumulate
 
     bar = tqdm(range(start, cfg.steps), "stage 0", initial=start, total=cfg.steps, disable=rank > 0, dynamic_ncols=True)
     for step in bar:
-        common.reseed(cfg.seed, "stage 0", step)
-        B = cfg.batch
-
-        # 1) a batch: softened targets go with the negative prompt, some prompts are dropped, z_lr gets a little noise
-        hr, lr = (x.to(device) for x in bank.batch((step * world + rank) * B, B))
-        u = common.draw(torch.rand, (B, 5), rank, world, device)
-        text, soft = draw_prompts(u[:, 0], u[:, 1], cfg.negative, cfg.text_drop)
-        target = torch.where(M.bcast(soft, hr), soften(hr, 0.7 + 0.8 * u[:, 2]), hr)
-        z_0, z_lr = data.encode_pair(vae, target, lr, clip["window"])
-        a = M.bcast(cfg.lr_noise * u[:, 3], z_lr)
-        z_lr = (1 - a) * z_lr + a * common.draw(torch.randn, z_lr.shape, rank, world, device)
-
-        # 2) one flow-matching step
-        t = M.time_shift(u[:, 4], cfg.shift)
-        eps = common.draw(torch.randn, z_0.shape, rank, world, device)
-        losses = flow_loss(ddp, z_0, z_lr, text, t, eps, autocast)
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(step, cfg)
         optimiser.zero_grad()
-        losses.mean().backward()
+        for part in range(rank, parts, world):
+            common.reseed(cfg.seed, "stage 0", step)
+            B = cfg.batch
+
+            # 1) a batch: softened targets go with the negative prompt, some prompts are dropped, z_lr gets some noise
+            u = common.draw(torch.rand, (B, 5), part, parts, device)
+            text, soft = draw_prompts(u[:, 0], u[:, 1], cfg.negative, cfg.text_drop)
+            pair = bank.latents(vae, (step * parts + part) * B, B, device, soft, u[:, 2])
+            z_0, z_lr = data.random_run(clip["window"], *pair)
+            a = M.bcast(cfg.lr_noise * u[:, 3], z_lr)
+            z_lr = (1 - a) * z_lr + a * common.draw(torch.randn, z_lr.shape, part, parts, device)
+
+            # 2) one flow-matching step
+            t = M.time_shift(u[:, 4], cfg.shift)
+            eps = common.draw(torch.randn, z_0.shape, part, parts, device)
+            with common.accumulating(part + world >= parts, ddp):
+                losses = flow_loss(ddp, z_0, z_lr, text, t, eps, autocast)
+                (losses.mean() / cfg.accumulate).backward()
         norm = common.clip_and_step(optimiser, net, 1.0)
         common.ema_update(ema, net, min(cfg.ema, (step + 1) / (step + 10)))
 
@@ -162,7 +192,7 @@ def main(cfg):
             if rank == 0:
                 common.log(out_dir, bar, done, loss=loss, grad_norm=norm.item(), lr=learning_rate(step, cfg))
         if rank == 0 and (done % cfg.save_every == 0 or done == cfg.steps):
-            common.save(f"{out_dir}/last.pt", cfg, "stage0", done, cfg.steps, **parts)
+            common.save(f"{out_dir}/last.pt", cfg, "stage0", done, cfg.steps, **saved)
             z_0, z_lr, eps = data.panel_batch(bank, vae, clip, cfg.seed, device)
             with torch.no_grad(), autocast:
                 few, many = (M.sample(ema, eps, z_lr, steps) for steps in (1, 8))

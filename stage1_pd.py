@@ -19,10 +19,10 @@ from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
-from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
 import common
+import cost
 import data
 import model as M
 
@@ -38,7 +38,11 @@ class Config:
     clips: int = 96                 # degraded clips kept on disk, from which crops are cut
     resume: bool = False            # continue from the last checkpoint
     seed: int = 0                   # of clips and noise
-    batch: int = 4                  # crops per process
+    batch: int = 4                  # crops per process and pass
+    accumulate: int = 1             # passes whose gradients make one step
+    latents: str = ""               # file of data.py prepare --latents, used instead of data; "": none
+    checkpointing: bool = False     # keep the inputs of blocks alone and compute the rest twice: less memory
+    dry_run: bool = False           # print what a step costs, in passes, FLOPs and memory, and stop
     cfg_w: float = 1.0              # guidance weight, the usual scale is 1 + w [ours; not in the paper's summary]
     cfg_steps: int = 60             # steps of CFG distillation [not in the paper's summary]
     cfg_lr: float = 1e-4            # its learning rate, linear to 0 [ours]
@@ -55,6 +59,8 @@ PRESETS = {                         # the first one is the default
     "tiny":  dict(),
     "small": dict(model="small", out="out/small", clips=4000, batch=16, cfg_steps=500, cfg_lr=5e-5,
                   steps_per_phase=500, pd_lr=1e-4, save_every=500),
+    "wan1.3b": dict(model="wan1.3b", out="out/wan1.3b", clips=2000, batch=1, accumulate=8, cfg_w=2.0, cfg_steps=1000,
+                    cfg_lr=1e-5, steps_per_phase=500, pd_lr=1e-5, shift=5.0, checkpointing=True, save_every=500),
 }
 
 # ----------------------------------------------------------------------------
@@ -105,10 +111,17 @@ def ratio(prediction, target, start):
     return ((prediction - target).square().mean() / (start - target).square().mean().clamp_min(1e-12)).item()
 
 
+def passes(cfg):
+    """DiT passes of a step, for cost.py: {network: how it is kept and (forward alone, input gradient, full)}."""
+    return {"student": ("trained", 0, 0, cfg.accumulate), "teacher": ("frozen", 2 * cfg.accumulate, 0, 0),
+            "CFG-distilled": ("frozen", 0, 0, 0)}
+
+
 # ----------------------------------------------------------------------------
 
 
 def check(cfg):
+    common.check_choices(cfg, model=tuple(M.MODELS))
     if any(a != 2 * b for a, b in zip(cfg.pd_grid, cfg.pd_grid[1:], strict=False)) or cfg.pd_grid[-1] != 1:
         raise SystemExit(f"pd_grid {cfg.pd_grid}: each number must be half the one before, and the last one 1")
     if cfg.pd_space not in ("v", "z"):
@@ -119,6 +132,8 @@ def check(cfg):
 
 def main(cfg):
     check(cfg)
+    if cfg.dry_run:
+        return cost.report("stage I", cfg, passes(cfg))
     rank, world, device = common.setup()
     out_dir = f"{cfg.out}/stage1"
     if rank == 0:
@@ -129,17 +144,17 @@ def main(cfg):
     # teacher: whom the student imitates now; student: trained; cfg_net: the student as CFG distillation left it
     teacher, vae, _ = M.load_checkpoint(M.teacher_file(cfg), "ema", device, finished=True)
     student = deepcopy(teacher).requires_grad_(True)
+    student.checkpointing = cfg.checkpointing
     cfg_net = deepcopy(teacher)
     optimiser = torch.optim.AdamW(student.parameters(), lr=cfg.cfg_lr, weight_decay=0)
-    parts = dict(student=student, cfg=cfg_net, teacher=teacher, vae=vae, optimiser=optimiser)
-    start = common.continue_from(f"{out_dir}/last.pt", cfg, parts)
-    ddp = DDP(student) if world > 1 else student
+    saved = dict(student=student, cfg=cfg_net, teacher=teacher, vae=vae, optimiser=optimiser)
+    start = common.continue_from(f"{out_dir}/last.pt", cfg, saved)
+    ddp, parts = common.parallel(student, world), world * cfg.accumulate
 
     phases = len(cfg.pd_grid) - 1
     total = cfg.cfg_steps + phases * cfg.steps_per_phase
     bar = tqdm(range(start, total), "stage I", initial=start, total=total, disable=rank > 0, dynamic_ncols=True)
     for step in bar:
-        common.reseed(cfg.seed, "stage 1", step)
         phase, k = divmod(step - cfg.cfg_steps, cfg.steps_per_phase)    # phase < 0: CFG distillation
 
         # 1) a phase of progressive distillation begins: the student is the new teacher, the optimiser forgets
@@ -155,30 +170,33 @@ def main(cfg):
             group["lr"] = peak * (1 - fraction)
 
         # 2) one step towards the teacher: its guided velocity, or two of its steps in one
-        hr, lr = (x.to(device) for x in bank.batch((step * world + rank) * cfg.batch, cfg.batch))
-        z_0, z_lr = data.encode_pair(vae, hr, lr, clip["window"])
-        u = common.draw(torch.rand, (cfg.batch,), rank, world, device)
-        eps = common.draw(torch.randn, z_0.shape, rank, world, device)
-
-        def velocity(z, t, text=None, z_lr=z_lr):
-            with autocast:
-                return teacher(z, t, z_lr, M.prompt(z) if text is None else text).float()
-
-        if phase < 0:
-            t = t_end = M.time_shift(u, cfg.shift)
-        else:
-            t, t_mid, t_end = pd_times(u, n, cfg.shift)
-        z_t = M.add_noise(z_0, eps, t)                                  # at n = 1 this is eps: HR plays no part
-        with torch.no_grad():
-            if phase < 0:
-                target, v_start = cfg_target(velocity, z_t, t, cfg.cfg_w)
-            else:
-                target, v_start = pd_target(velocity, z_t, t, t_mid, t_end)
-        with autocast:
-            v = ddp(z_t, t, z_lr, M.prompt(z_t)).float()
-        loss = pd_loss(v, target, t, t_end, cfg.pd_space if phase >= 0 else "v")
         optimiser.zero_grad()
-        loss.backward()
+        for part in range(rank, parts, world):
+            common.reseed(cfg.seed, "stage 1", step)
+            pair = bank.latents(vae, (step * parts + part) * cfg.batch, cfg.batch, device)
+            z_0, z_lr = data.random_run(clip["window"], *pair)
+            u = common.draw(torch.rand, (cfg.batch,), part, parts, device)
+            eps = common.draw(torch.randn, z_0.shape, part, parts, device)
+
+            def velocity(z, t, text=None, z_lr=z_lr):
+                with autocast:
+                    return teacher(z, t, z_lr, M.prompt(z) if text is None else text).float()
+
+            if phase < 0:
+                t = t_end = M.time_shift(u, cfg.shift)
+            else:
+                t, t_mid, t_end = pd_times(u, n, cfg.shift)
+            z_t = M.add_noise(z_0, eps, t)                              # at n = 1 this is eps: HR plays no part
+            with torch.no_grad():
+                if phase < 0:
+                    target, v_start = cfg_target(velocity, z_t, t, cfg.cfg_w)
+                else:
+                    target, v_start = pd_target(velocity, z_t, t, t_mid, t_end)
+            with common.accumulating(part + world >= parts, ddp):
+                with autocast:
+                    v = ddp(z_t, t, z_lr, M.prompt(z_t)).float()
+                loss = pd_loss(v, target, t, t_end, cfg.pd_space if phase >= 0 else "v")
+                (loss / cfg.accumulate).backward()
         norm = common.clip_and_step(optimiser, student, 1.0)
 
         # 3) log, save, panel
@@ -191,7 +209,7 @@ def main(cfg):
             if rank == 0:
                 common.log(out_dir, bar, done, **values, student_steps=n, grad_norm=norm.item())
         if rank == 0 and (done % cfg.save_every == 0 or ends):
-            common.save(f"{out_dir}/last.pt", cfg, "stage1", done, total, **parts)
+            common.save(f"{out_dir}/last.pt", cfg, "stage1", done, total, **saved)
         if rank == 0 and ends and (phase < 0 or n <= 8):                # longer grids cost more than they tell
             z_0, z_lr, eps = data.panel_batch(bank, vae, clip, cfg.seed, device)
             n = n or 8

@@ -20,10 +20,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
 import common
+import cost
 import data
 import model as M
 
@@ -39,7 +39,11 @@ class Config:
     clips: int = 96                 # degraded clips kept on disk, from which crops are cut
     resume: bool = False            # continue from the last checkpoint
     seed: int = 0                   # of weights, clips and noise
-    batch: int = 4                  # crops per process
+    batch: int = 4                  # crops per process and pass
+    accumulate: int = 1             # passes whose gradients make one update
+    latents: str = ""               # file of data.py prepare --latents, used instead of data; "": none
+    checkpointing: bool = False     # keep the inputs of blocks alone and compute the rest twice: less memory
+    dry_run: bool = False           # print what an iteration costs, in passes, FLOPs and memory, and stop
     streams: tuple = ("dmd", "gan")  # what teaches the student: either or both [paper: both]
     order: str = "joint"            # "joint", or "sequential": DMD in the first half, GAN in the second [paper: joint]
     features: str = "both"          # score models whose features the head reads: "both", "real", "fake" [paper: both]
@@ -71,6 +75,9 @@ PRESETS = {                         # the first one is the default
     "tiny":  dict(),
     "small": dict(model="small", out="out/small", clips=4000, batch=16, steps=1000, aux_warmup=200, lr=2e-5,
                   lr_fake=4e-5, lr_head=1e-4, log_every=10, save_every=100),
+    "wan1.3b": dict(model="wan1.3b", out="out/wan1.3b", clips=2000, batch=1, accumulate=8, steps=2000, aux_warmup=200,
+                    shift=5.0, lr=2e-6, lr_fake=2e-6, lr_head=1e-5, clip_norm=10.0, checkpointing=True, log_every=10,
+                    save_every=100),
 }
 
 HEAD_CHANNELS = {"tiny": 64, "small": 128, "wan1.3b": 512}         # width of the discriminator head [ours]
@@ -128,11 +135,22 @@ def fm_loss(fake, real, norm="mse"):
     return sum(distance(M.normalise(f), M.normalise(r).detach()) for f, r in pairs) / len(fake)
 
 
+def passes(cfg):
+    """DiT passes of an iteration, aux_per_student auxiliary updates and one of the student, for cost.py:
+    {network: how it is kept and (forward alone, input gradient, full)}. With both streams 30 forwards' worth."""
+    n, gan = cfg.aux_per_student, "gan" in cfg.streams
+    r, f = (int(gan and cfg.features in ("both", name)) for name in ("real", "fake"))    # whose features are read
+    counts = {"student": ("trained", n, 0, 1), "average": ("average", 0, 0, 0),
+              "fake": ("trained", f * (n + 1) + (1 - f), f, n),
+              "real": ("frozen bf16", r * (2 * n + 1) + (1 - r) + (cfg.real_score == "teacher"), r, 0)}
+    return {name: (kept, *(cfg.accumulate * k for k in numbers)) for name, (kept, *numbers) in counts.items()}
+
+
 # ----------------------------------------------------------------------------
 
 
 def check(cfg):
-    common.check_choices(cfg, order=("joint", "sequential"), features=("both", "real", "fake"),
+    common.check_choices(cfg, model=tuple(M.MODELS), order=("joint", "sequential"), features=("both", "real", "fake"),
                          real_score=("cfg", "teacher"), fm_norm=("mse", "l1"))
     if not set(cfg.streams) <= {"dmd", "gan"} or not cfg.streams:
         raise SystemExit(f"streams {cfg.streams}: dmd, gan, or both")
@@ -142,6 +160,8 @@ def check(cfg):
 
 def main(cfg):
     check(cfg)
+    if cfg.dry_run:
+        return cost.report("stage II", cfg, passes(cfg))
     rank, world, device = common.setup()
     out_dir = f"{cfg.out}/stage2"
     if rank == 0:
@@ -154,7 +174,11 @@ def main(cfg):
     student, vae, _ = M.load_checkpoint(f"{cfg.out}/stage1/last.pt", "student", device, finished=True)
     fake, _, _ = M.load_checkpoint(f"{cfg.out}/stage1/last.pt", "cfg", device, finished=True)
     real = M.load_checkpoint(M.teacher_file(cfg), "ema", device)[0] if cfg.real_score == "teacher" else deepcopy(fake)
+    if device.type == "cuda":
+        M.halve(real)
     average = deepcopy(student)
+    for net in (student, fake, real):
+        net.checkpointing = cfg.checkpointing
     taps = M.tap_blocks(len(real.blocks))
     side = clip["crop"] // vae.stride // 2                              # tokens per row of a crop
     common.reseed(cfg.seed, "head")
@@ -166,42 +190,44 @@ def main(cfg):
     opt_fake = torch.optim.AdamW(fake.parameters(), lr=cfg.lr_fake, betas=(0.0, 0.999), weight_decay=0)
     opt_head = torch.optim.AdamW(head.parameters(), lr=cfg.lr_head, betas=(0.0, 0.999), weight_decay=0)
 
-    parts = dict(student=average, net=student, fake=fake, head=head, vae=vae,
+    saved = dict(student=average, net=student, fake=fake, head=head, vae=vae,
                  opt_student=opt_student, opt_fake=opt_fake, opt_head=opt_head)
-    start = common.continue_from(f"{out_dir}/last.pt", cfg, parts)
-    student_ddp, fake_ddp, head_ddp = (DDP(net) if world > 1 else net for net in (student, fake, head))
+    start = common.continue_from(f"{out_dir}/last.pt", cfg, saved)
+    student_ddp, fake_ddp, head_ddp = (common.parallel(net, world) for net in (student, fake, head))
+    parts = world * cfg.accumulate
 
-    def next_batch(i):
-        """Batch i of the run: HR and LR latents, (B, C, T, H, W) each."""
-        hr, lr = (x.to(device) for x in bank.batch((i * world + rank) * cfg.batch, cfg.batch))
-        return data.encode_pair(vae, hr, lr, clip["window"])
+    readers = {"both": (real, fake), "real": (real,), "fake": (fake,)}[cfg.features]     # whose features are read
 
-    def noise(z):
+    def begin(step, k, part):
+        """One part of the batch of update k: latents of HR and LR, and the noise that the student starts from."""
+        common.reseed(cfg.seed, "stage 2", step, k)
+        update = step + cfg.aux_warmup + max(step, 0) * cfg.aux_per_student + k
+        pair = bank.latents(vae, (update * parts + part) * cfg.batch, cfg.batch, device)
+        z_hr, z_lr = data.random_run(clip["window"], *pair)
+        return z_hr, z_lr, common.draw(torch.randn, z_lr.shape, part, parts, device)
+
+    def noise(z, part):
         """Score times and the noise that is added there: one t per clip, the same for DMD, GAN and L_Diff."""
-        u = common.draw(torch.rand, (len(z),), rank, world, device)
+        u = common.draw(torch.rand, (len(z),), part, parts, device)
         return (score_times(u, cfg.t_min, cfg.t_max, cfg.shift),
-                common.draw(torch.randn, z.shape, rank, world, device))
+                common.draw(torch.randn, z.shape, part, parts, device))
 
     def score(net, z_t, t, z_lr):
         """(velocity, features of the tapped blocks) of a score model."""
         with autocast:
             v, features = net(z_t, t, z_lr, M.prompt(z_t), taps)
-            if net is real and cfg.real_score == "teacher":
-                with torch.no_grad():
-                    v = M.guide(v.float(), net(z_t, t, z_lr, M.prompt(z_t, M.AGAINST)).float(), cfg.real_w)
         return v.float(), features
 
-    def chosen(real, fake):
-        """The features that the head and L_FM see."""
-        return {"both": real + fake, "real": real, "fake": fake}[cfg.features]
+    @torch.no_grad()
+    def features_of(z_t, t, z_lr):
+        """What the head and L_FM see of HR: no gradient is wanted there."""
+        return [f for net in readers for f in score(net, z_t, t, z_lr)[1]]
 
     # the steps before 0 are the warm-up: auxiliary updates alone, until fake score and head know the student
     first = start or -cfg.aux_warmup
     bar = tqdm(range(first, cfg.steps), "stage II", initial=first + cfg.aux_warmup, total=cfg.steps + cfg.aux_warmup,
                disable=rank > 0, dynamic_ncols=True)
     for step in bar:
-        common.reseed(cfg.seed, "stage 2", step)
-        batches = step + cfg.aux_warmup if step < 0 else cfg.aux_warmup + step * (cfg.aux_per_student + 1)
         active, head_trains = set(cfg.streams), "gan" in cfg.streams     # the head also while DMD leads, in sequence
         if cfg.order == "sequential":
             active = {"dmd"} if step < cfg.steps // 2 else {"gan"}
@@ -209,26 +235,30 @@ def main(cfg):
 
         # 1) auxiliary updates: the fake score follows the student (L_Diff), the head tells it from HR (L_D)
         for k in range(cfg.aux_per_student if step >= 0 else 1):
-            z_hr, z_lr = next_batch(batches + k)
-            with torch.no_grad(), autocast:
-                z_0 = M.one_step(student, common.draw(torch.randn, z_lr.shape, rank, world, device), z_lr)
-            t, eps = noise(z_0)
-            z_t = M.add_noise(z_0, eps, t)
-            v_fake, f_fake = score(fake_ddp, z_t, t, z_lr)              # one forward for L_Diff and for L_D
-            loss_diff = F.mse_loss(v_fake, eps - z_0)
-            loss_d = torch.zeros((), device=device)
-            if head_trains:
-                t_hr, eps_hr = (t, eps) if cfg.gan_same_noise else noise(z_hr)
-                z_t_hr = M.add_noise(z_hr, eps_hr, t_hr)
-                with torch.no_grad():
-                    f_real = score(real, z_t, t, z_lr)[1]
-                    f_hr = chosen(score(real, z_t_hr, t_hr, z_lr)[1], score(fake, z_t_hr, t_hr, z_lr)[1])
-                f_s = chosen(f_real, [f.detach() for f in f_fake])      # stop-gradient: only the head trains on it
-                with autocast:
-                    logits = head_ddp([torch.cat(pair) for pair in zip(f_hr, f_s, strict=True)])
-                loss_d = hinge_d(*logits.float().chunk(2))
             opt_fake.zero_grad(), opt_head.zero_grad()
-            (loss_diff + loss_d).backward()                             # disjoint parameters: one backward serves both
+            for part in range(rank, parts, world):
+                z_hr, z_lr, eps = begin(step, k, part)
+                with torch.no_grad(), autocast:
+                    z_0 = M.one_step(student, eps, z_lr)
+                t, eps = noise(z_0, part)
+                z_t = M.add_noise(z_0, eps, t)
+                with common.accumulating(part + world >= parts, fake_ddp, head_ddp):
+                    v_fake, f_fake = score(fake_ddp, z_t, t, z_lr)      # one forward for L_Diff and for L_D
+                    loss_diff = F.mse_loss(v_fake, eps - z_0)
+                    loss_d = torch.zeros((), device=device)
+                    if head_trains:
+                        t_hr, eps_hr = (t, eps) if cfg.gan_same_noise else noise(z_hr, part)
+                        f_hr = features_of(M.add_noise(z_hr, eps_hr, t_hr), t_hr, z_lr)
+                        f_s = []
+                        if real in readers:
+                            with torch.no_grad():
+                                f_s += score(real, z_t, t, z_lr)[1]
+                        if fake in readers:
+                            f_s += [f.detach() for f in f_fake]         # stop-gradient: only the head trains on it
+                        with autocast:
+                            logits = head_ddp([torch.cat(pair) for pair in zip(f_hr, f_s, strict=True)])
+                        loss_d = hinge_d(*logits.float().chunk(2))
+                    ((loss_diff + loss_d) / cfg.accumulate).backward()  # disjoint parameters: one serves both
             common.clip_and_step(opt_fake, fake, cfg.clip_norm)
             if head_trains:
                 common.clip_and_step(opt_head, head, cfg.clip_norm)
@@ -238,34 +268,39 @@ def main(cfg):
 
         # 2) student update: L = w_dmd L_DMD + w_gan L_G + w_fm L_FM, all on one noised student sample
         fake.requires_grad_(False), head.requires_grad_(False)          # they pass gradient on to z_0 but take none
-        z_hr, z_lr = next_batch(batches + cfg.aux_per_student)
-        with autocast:
-            z_0 = M.one_step(student_ddp, common.draw(torch.randn, z_lr.shape, rank, world, device), z_lr)
-        t, eps = noise(z_0)
-        z_t = M.add_noise(z_0, eps, t)
-        with torch.set_grad_enabled(gan):                               # DMD alone needs no gradient through them
-            v_real, f_real = score(real, z_t, t, z_lr)
-            v_fake, f_fake = score(fake, z_t, t, z_lr)
-        losses = {}
-        with torch.no_grad():
-            x_real, x_fake = M.to_x0(z_t, v_real, t), M.to_x0(z_t, v_fake, t)
-            g, keep = dmd_gradient(z_0, x_real, x_fake)
-        if "dmd" in active:
-            losses["dmd"] = cfg.w_dmd * dmd_loss(z_0, g, keep, cfg.dmd_half)
-        if gan:
-            f_s = chosen(f_real, f_fake)
-            with torch.no_grad():
-                z_t_hr = M.add_noise(z_hr, eps, t)
-                f_hr = chosen(score(real, z_t_hr, t, z_lr)[1], score(fake, z_t_hr, t, z_lr)[1])
-            with autocast:
-                losses["gan"] = cfg.w_gan * hinge_g(head(f_s).float())
-            losses["fm"] = cfg.w_fm * fm_loss(f_s, f_hr, cfg.fm_norm)
+        opt_student.zero_grad()
         done = step + 1
         logs = done % cfg.log_every == 0 or done == cfg.steps
-        if logs:                                                        # what each stream asks of the student's output
-            pull = {k: torch.autograd.grad(x, z_0, retain_graph=True)[0].norm().item() for k, x in losses.items()}
-        opt_student.zero_grad()
-        sum(losses.values()).backward()
+        for part in range(rank, parts, world):
+            z_hr, z_lr, eps = begin(step, cfg.aux_per_student, part)
+            with common.accumulating(part + world >= parts, student_ddp):
+                with autocast:
+                    z_0 = M.one_step(student_ddp, eps, z_lr)
+                t, eps = noise(z_0, part)
+                z_t = M.add_noise(z_0, eps, t)
+                with torch.set_grad_enabled(gan and real in readers):   # DMD alone needs no gradient through them
+                    v_real, f_real = score(real, z_t, t, z_lr)
+                with torch.set_grad_enabled(gan and fake in readers):
+                    v_fake, f_fake = score(fake, z_t, t, z_lr)
+                losses = {}
+                with torch.no_grad():
+                    if cfg.real_score == "teacher":
+                        with autocast:
+                            v_null = real(z_t, t, z_lr, M.prompt(z_t, M.AGAINST)).float()
+                        v_real = M.guide(v_real, v_null, cfg.real_w)
+                    x_real, x_fake = M.to_x0(z_t, v_real, t), M.to_x0(z_t, v_fake, t)
+                    g, keep = dmd_gradient(z_0, x_real, x_fake)
+                if "dmd" in active:
+                    losses["dmd"] = cfg.w_dmd * dmd_loss(z_0, g, keep, cfg.dmd_half)
+                if gan:
+                    f_s = (f_real if real in readers else []) + (f_fake if fake in readers else [])
+                    f_hr = features_of(M.add_noise(z_hr, eps, t), t, z_lr)
+                    with autocast:
+                        losses["gan"] = cfg.w_gan * hinge_g(head(f_s).float())
+                    losses["fm"] = cfg.w_fm * fm_loss(f_s, f_hr, cfg.fm_norm)
+                if logs:                                                # what each stream asks of the student's output
+                    pull = {k: torch.autograd.grad(x, z_0, retain_graph=True)[0].norm() for k, x in losses.items()}
+                (sum(losses.values()) / cfg.accumulate).backward()
         norm = common.clip_and_step(opt_student, student, cfg.clip_norm)
         common.ema_update(average, student, min(cfg.ema, done / (done + 10)))
         fake.requires_grad_(True), head.requires_grad_(True)
@@ -279,7 +314,7 @@ def main(cfg):
             if rank == 0:
                 common.log(out_dir, bar, done, **values)
         if rank == 0 and (done % cfg.save_every == 0 or done == cfg.steps):
-            common.save(f"{out_dir}/last.pt", cfg, "stage2", done, cfg.steps, **parts)
+            common.save(f"{out_dir}/last.pt", cfg, "stage2", done, cfg.steps, **saved)
             z_hr, z_lr, eps = data.panel_batch(bank, vae, clip, cfg.seed, device)
             with torch.no_grad():
                 with autocast:

@@ -23,10 +23,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
 import common
+import cost
 import data
 import metrics
 import model as M
@@ -43,7 +43,11 @@ class Config:
     clips: int = 96                 # degraded clips kept on disk
     resume: bool = False            # continue from the last checkpoint
     seed: int = 0                   # of clips and noise
-    batch: int = 4                  # pairs per process
+    batch: int = 4                  # pairs per process and pass
+    accumulate: int = 1             # passes whose gradients make one step
+    lora: int = 0                   # rank of the adapters that are trained alone; 0: all weights [VideoAlign: 64]
+    checkpointing: bool = False     # keep the inputs of blocks alone and compute the rest twice: less memory
+    dry_run: bool = False           # print what a step costs, in passes, FLOPs and memory, and stop
     pairs: int = 16                 # LR clips for which candidates are made [paper: 2,000 pairs]
     candidates: int = 4             # outputs per LR clip [not in the paper's summary]
     scorer: str = "proxy"           # "proxy", "dover", or "pyiqa:<metric>" [paper: DOVER]
@@ -64,6 +68,8 @@ PRESETS = {                         # the first one is the default
     "tiny":  dict(),
     "small": dict(model="small", out="out/small", clips=4000, batch=8, pairs=400, candidates=6, steps=300, lr=2e-6,
                   save_every=100),
+    "wan1.3b": dict(model="wan1.3b", out="out/wan1.3b", clips=2000, batch=1, accumulate=4, pairs=2000, steps=1000,
+                    lr=5e-6, lora=64, checkpointing=True, save_every=100),
 }
 
 # ----------------------------------------------------------------------------
@@ -97,6 +103,13 @@ def rank_pair(scores):
     """(index of the best, index of the worst, their margin)."""
     best, worst = int(np.argmax(scores)), int(np.argmin(scores))
     return best, worst, float(scores[best] - scores[worst])
+
+
+def passes(cfg):
+    """DiT passes of a step, of winner and loser together, for cost.py: {network: how it is kept and (forward alone,
+    input gradient, full)}. Adapters need no gradient of the weights that they adapt."""
+    n = cfg.accumulate
+    return {"student": ("adapted", 0, n, 0) if cfg.lora else ("trained", 0, 0, n), "reference": ("frozen", n, 0, 0)}
 
 
 # ----------------------------------------------------------------------------
@@ -143,10 +156,12 @@ def make_pairs(student, vae, bank, clip, cfg, scorer, device):
     for i in tqdm(range(cfg.pairs), "candidates", dynamic_ncols=True):
         common.reseed(cfg.seed, "candidates", i)
         hr, lr = bank.whole(i % len(bank))
-        z_lr = vae.encode(data.upsample(data.to_tensor(lr)[None].to(device), hr.shape[1:3]))
+        up = data.upsample(data.to_tensor(lr)[None].to(device), hr.shape[1:3])
+        z_lr = vae.encode(up)
         eps = torch.randn(cfg.candidates, *z_lr.shape[1:], device=device)
-        z = torch.cat([M.sample(velocity, e[None], z_lr, 1) for e in eps])
-        videos = [data.to_uint8(vae.decode(x[None])) for x in z]
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            z = torch.cat([M.sample(velocity, e[None], z_lr, 1) for e in eps])
+        videos = [data.to_uint8(vae.draw_onto(up, z_lr, x[None])) for x in z]      # judged as infer.py shows them
         scores = scorer(videos, lr)
         best, worst, margin = rank_pair(scores)
         records.append({"clip": i, "scores": [round(float(s), 4) for s in scores], "winner": best, "loser": worst,
@@ -170,13 +185,15 @@ def show_pairs(path, pairs, vae, device):
 
 
 def check(cfg):
-    common.check_choices(cfg, dpo_t=("one", "uniform"), beta_mode=("constant", "flow"))
+    common.check_choices(cfg, model=tuple(M.MODELS), dpo_t=("one", "uniform"), beta_mode=("constant", "flow"))
     if cfg.candidates < 2 or cfg.pairs < 1 or cfg.alpha <= 0:
         raise SystemExit("candidates: at least 2; pairs: at least 1; alpha: above 0")
 
 
 def main(cfg):
     check(cfg)
+    if cfg.dry_run:
+        return cost.report("stage III", cfg, passes(cfg), clips=2)
     rank, world, device = common.setup()
     out_dir = f"{cfg.out}/stage3"
     if rank == 0:
@@ -189,8 +206,13 @@ def main(cfg):
     student, vae, _ = M.load_checkpoint(source, "student", device, finished=True)
     reference = deepcopy(student)
     student.requires_grad_(True)
-    optimiser = torch.optim.AdamW(student.parameters(), lr=cfg.lr, weight_decay=0)
-    parts = dict(student=student, vae=vae, optimiser=optimiser)
+    student.checkpointing = cfg.checkpointing
+    if cfg.lora:
+        common.reseed(cfg.seed, "adapters")
+        M.LoRA(student, cfg.lora)
+    trained = [p for p in student.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(trained, lr=cfg.lr, weight_decay=0)
+    saved = dict(vae=vae, optimiser=optimiser) | ({"lora": student.lora} if cfg.lora else {"student": student})
 
     # the pairs, made once by rank 0; a file made from the same student with the same settings is used again
     stamp = repr([data.sha256(source), cfg.pairs, cfg.candidates, cfg.scorer, cfg.margin, cfg.seed, cfg.data,
@@ -209,14 +231,14 @@ def main(cfg):
     beta = cfg.dpo_beta or choose_beta(distance, cfg.alpha)
     lam = cfg.anchor * beta / (4 * cfg.alpha)
 
-    start = common.continue_from(f"{out_dir}/last.pt", cfg, parts)
-    ddp = DDP(student) if world > 1 else student
+    start = common.continue_from(f"{out_dir}/last.pt", cfg, saved)
+    ddp, parts = common.parallel(student, world), world * cfg.accumulate
 
-    def next_batch(step):
+    def next_batch(step, part):
         """(winner, loser, LR, the two noises) of some pairs, one random window of each: (B, C, T, H, W)."""
-        rows = [((step * world + rank) * cfg.batch + k) % len(pairs["win"]) for k in range(cfg.batch)]
+        rows = [((step * parts + part) * cfg.batch + k) % len(pairs["win"]) for k in range(cfg.batch)]
         size, (T, H, W) = clip["crop"] // vae.stride, pairs["win"].shape[2:]
-        u = common.draw(torch.rand, (cfg.batch, 3), rank, world, "cpu")
+        u = common.draw(torch.rand, (cfg.batch, 3), part, parts, "cpu")
         batch = []
         for row, (a, b, c) in zip(rows, u.tolist(), strict=True):
             t, y, x = int(a * (T - clip["window"] + 1)), int(b * (H - size + 1)), int(c * (W - size + 1))
@@ -227,33 +249,34 @@ def main(cfg):
     bar = tqdm(range(start, cfg.steps), "stage III", initial=start, total=cfg.steps, disable=rank > 0,
                dynamic_ncols=True)
     for step in bar:
-        common.reseed(cfg.seed, "stage 3", step)
-
-        # 1) a batch of pairs; the noise and the time are shared by winner and loser
-        z_w, z_l, z_lr, noise = next_batch(step)
-        eps_w = eps_l = common.draw(torch.randn, z_w.shape, rank, world, device)
-        if cfg.own_noise:
-            eps_w, eps_l = noise[:, 0], noise[:, 1]
-        u = common.draw(torch.rand, (cfg.batch,), rank, world, device)
-        t = torch.ones_like(u) if cfg.dpo_t == "one" else u
-
-        # 2) one DPO step: errors of student and reference on winner and loser, in velocities
-        z_t = torch.cat([M.add_noise(z_w, eps_w, t), M.add_noise(z_l, eps_l, t)])
-        target = torch.cat([eps_w - z_w, eps_l - z_l])
-        twice = dict(t=t.repeat(2), z_lr=z_lr.repeat(2, 1, 1, 1, 1), text=M.prompt(z_t))
-        with autocast:
-            v = ddp(z_t, **twice).float()
-            with torch.no_grad():
-                v_ref = reference(z_t, **twice).float()
-        errors = squared_error(v, target).chunk(2)                      # (e_w, e_l)
-        errors_ref = squared_error(v_ref, target).chunk(2)
-        beta_t = beta * (1 - t).square() if cfg.beta_mode == "flow" else beta
-        inside = dpo_inside(errors[0], errors_ref[0], errors[1], errors_ref[1], beta_t)
-        loss_dpo = dpo_loss(inside)
-        drift = (M.bcast(t.repeat(2), v) * (v - v_ref)).square().mean()          # |x - x_ref|^2
-        loss = loss_dpo + lam * drift
         optimiser.zero_grad()
-        loss.backward()
+        for part in range(rank, parts, world):
+            common.reseed(cfg.seed, "stage 3", step)
+
+            # 1) a batch of pairs; the noise and the time are shared by winner and loser
+            z_w, z_l, z_lr, noise = next_batch(step, part)
+            eps_w = eps_l = common.draw(torch.randn, z_w.shape, part, parts, device)
+            if cfg.own_noise:
+                eps_w, eps_l = noise[:, 0], noise[:, 1]
+            u = common.draw(torch.rand, (cfg.batch,), part, parts, device)
+            t = torch.ones_like(u) if cfg.dpo_t == "one" else u
+
+            # 2) one DPO step: errors of student and reference on winner and loser, in velocities
+            z_t = torch.cat([M.add_noise(z_w, eps_w, t), M.add_noise(z_l, eps_l, t)])
+            target = torch.cat([eps_w - z_w, eps_l - z_l])
+            twice = dict(t=t.repeat(2), z_lr=z_lr.repeat(2, 1, 1, 1, 1), text=M.prompt(z_t))
+            with common.accumulating(part + world >= parts, ddp):
+                with autocast:
+                    v = ddp(z_t, **twice).float()
+                    with torch.no_grad():
+                        v_ref = reference(z_t, **twice).float()
+                errors = squared_error(v, target).chunk(2)              # (e_w, e_l)
+                errors_ref = squared_error(v_ref, target).chunk(2)
+                beta_t = beta * (1 - t).square() if cfg.beta_mode == "flow" else beta
+                inside = dpo_inside(errors[0], errors_ref[0], errors[1], errors_ref[1], beta_t)
+                loss_dpo = dpo_loss(inside)
+                drift = (M.bcast(t.repeat(2), v) * (v - v_ref)).square().mean()      # |x - x_ref|^2
+                ((loss_dpo + lam * drift) / cfg.accumulate).backward()
         norm = common.clip_and_step(optimiser, student, 1.0)
 
         # 3) log, save, panel
@@ -267,7 +290,8 @@ def main(cfg):
             if rank == 0:
                 common.log(out_dir, bar, done, **values, beta=beta)
         if rank == 0 and (done % cfg.save_every == 0 or done == cfg.steps):
-            common.save(f"{out_dir}/last.pt", cfg, "stage3", done, cfg.steps, **parts)
+            common.save(f"{out_dir}/last.pt", cfg, "stage3", done, cfg.steps,
+                        **saved | {"student": M.merged(student)})
             with torch.no_grad(), autocast:
                 before, after = (M.one_step(net, eps_w, z_lr) for net in (reference, student))
             common.panel(f"{out_dir}/panel.png", {

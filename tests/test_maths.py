@@ -4,6 +4,7 @@ import math
 import pytest
 import torch
 
+import data
 import model as M
 import stage0_teacher as stage0
 
@@ -140,7 +141,7 @@ def test_soften_is_the_gaussian_of_its_sigma():
     video = torch.zeros(2, 3, 1, 33, 33)
     video[:, :, :, 16, 16] = 1
     sigma = torch.tensor([0.8, 1.5])
-    out = stage0.soften(video, sigma)
+    out = data.soften(video, sigma)
     x = torch.arange(33) - 16.0
     for i in range(2):
         assert out[i].sum().item() == pytest.approx(3, abs=1e-3)

@@ -412,6 +412,163 @@ def assert_equal(a, b, where=""):
 
 
 # ----------------------------------------------------------------------------
+# what large models need
+
+
+def count_passes(patch):
+    """{id of a network: [forwards without a graph, with one to the input alone, with one to the weights]}, filled as
+    networks run: whether a forward is differentiated is asked where it happens, not where it is meant to."""
+    counts, forward = {}, M.DiT.forward
+
+    def counted(net, z, *args, **kwargs):
+        trains = torch.is_grad_enabled() and any(p.requires_grad for p in net.parameters())
+        to_input = torch.is_grad_enabled() and z.requires_grad
+        kind = 2 if trains else 1 if to_input else 0
+        counts.setdefault(net, [0, 0, 0])[kind] += len(z)
+        return forward(net, z, *args, **kwargs)
+    patch.setattr(M.DiT, "forward", counted)
+    return counts
+
+
+class Enough(Exception):
+    """Raised where the panel would begin: its forwards are not the step's."""
+
+
+def enough(*args):
+    raise Enough
+
+
+STAGE2_ARMS = [dict(), dict(features="real"), dict(features="fake"), dict(streams=("dmd",)), dict(streams=("gan",)),
+               dict(real_score="teacher"), dict(aux_per_student=1), dict(accumulate=2)]
+
+
+@pytest.mark.parametrize("changes", STAGE2_ARMS)
+def test_stage2_makes_the_passes_it_announces(chain, tmp_path, monkeypatch, changes):
+    """Counted in one iteration: 30 forwards' worth with both streams, nothing differentiated that need not be."""
+    cfg = fork(chain, stage2, tmp_path, ["stage0", "stage1"], steps=1, aux_warmup=0, log_every=10**6,
+               save_every=10**6, **changes)
+    monkeypatch.setattr(data, "panel_batch", enough)
+    counts = count_passes(monkeypatch)
+    with pytest.raises(Enough):
+        stage2.main(cfg)
+    want = {name: list(numbers) for name, (_, *numbers) in stage2.passes(cfg).items() if any(numbers)}
+    assert sorted([n // cfg.batch for n in c] for c in counts.values()) == sorted(want.values())
+    total = sum(a + 2 * i + 3 * f for a, i, f in want.values())
+    assert total == {0: 30}.get(len(changes), total)
+
+
+@pytest.mark.parametrize("stage, changes", [
+    (stage0, dict(steps=1)), (stage0, dict(steps=1, accumulate=3)), (stage1, dict(cfg_steps=1)),
+    (stage3, dict(steps=1)), (stage3, dict(steps=1, lora=2))])
+def test_other_stages_make_the_passes_they_announce(chain, tmp_path, monkeypatch, stage, changes):
+    cfg = fork(chain, stage, tmp_path, ["stage0", "stage1", "stage2"][:[stage0, stage1, None, stage3].index(stage)],
+               log_every=10**6, save_every=10**6, **changes)
+    made, counts = stage3.make_pairs, {}
+
+    def start_counting(*args):
+        pairs = made(*args)                                             # the candidates' forwards are not the step's
+        counts.update(new=count_passes(monkeypatch))
+        monkeypatch.setattr(M, "one_step", enough)
+        return pairs
+    monkeypatch.setattr(stage3, "make_pairs", start_counting)
+    if stage is not stage3:
+        counts["new"] = count_passes(monkeypatch)
+        monkeypatch.setattr(data, "panel_batch", enough)
+    with pytest.raises(Enough):
+        stage.main(cfg)
+    samples = cfg.batch * (2 if stage is stage3 else 1)
+    found = sorted([n // samples for n in c] for c in counts["new"].values())
+    want = sorted(list(numbers) for _, *numbers in stage.passes(cfg).values() if any(numbers))
+    if "lora" in changes:                                               # the adapters are the weights that it counts
+        want = sorted([a, 0, i + f] for a, i, f in want)
+    assert found == want
+
+
+@pytest.mark.parametrize("stage", [stage0, stage1, stage2, stage3])
+def test_accumulated_passes_train_as_one_large_batch(chain, tmp_path, monkeypatch, stage):
+    upto, ends, norms = ["stage0", "stage1", "stage2"], [], []
+    for name, batch, passes in (("whole", 2, 1), ("parts", 1, 2)):
+        cfg = fork(chain, stage, tmp_path / name, upto[:list(chain).index(stage)], batch=batch, accumulate=passes)
+        monkeypatch.setattr(data, "panel_batch", enough)
+        monkeypatch.setattr(common, "panel", lambda *args: None)
+        try:
+            stage.main(cfg)
+        except Enough:
+            pass
+        number = list(chain).index(stage)
+        ends.append(checkpoint(cfg, f"stage{number}"))
+        norms.append([line["grad_norm"] for line in common.read_log(f"{cfg.out}/stage{number}")])
+    assert norms[1] == pytest.approx(norms[0], rel=5e-3)                # Adam would not see a wrong scale
+    for part in {"net", "student", "fake"} & set(ends[0]):
+        one, two = (torch.cat([x.flatten() for x in end[part].values()]) for end in ends)
+        assert (one - two).norm() < 1e-3 * one.norm(), part
+
+
+def test_checkpointing_changes_memory_not_numbers(chain, tmp_path):
+    cfg = fork(chain, stage2, tmp_path, ["stage0", "stage1"], checkpointing=True)
+    stage2.main(cfg)
+    plain, again = (checkpoint(c, "stage2") for c in (chain[stage2], cfg))
+    for part in ("net", "fake", "head"):
+        assert_equal(plain[part], again[part], part)
+
+
+def test_dpo_through_adapters(chain, tmp_path):
+    """The adapters alone are trained and kept; the student that is written is a plain network that has moved."""
+    cfg = fork(chain, stage3, tmp_path, ["stage0", "stage1", "stage2"], lora=2, steps=2, lr=1e-2)
+    stage3.main(cfg)
+    half = checkpoint(cfg, "stage3")
+    assert set(half["student"]) == set(checkpoint(chain[stage3], "stage3")["student"])
+    assert moved(half["student"], checkpoint(cfg, "stage2")["student"]) and "net" not in half
+    assert len(half["optimiser"]["state"]) == len(half["lora"])
+    M.load_checkpoint(f"{cfg.out}/stage3/last.pt", finished=True)
+    cfg.steps, cfg.resume = 4, True
+    stage3.main(cfg)
+    whole = fork(chain, stage3, tmp_path / "whole", ["stage0", "stage1", "stage2"], lora=2, steps=4, lr=1e-2)
+    stage3.main(whole)
+    assert_equal(checkpoint(whole, "stage3")["student"], checkpoint(cfg, "stage3")["student"])
+
+
+def test_stages_train_on_cached_latents(chain, tmp_path, footage, capsys):
+    """Encoded once, interrupted and gone on with, the latents are those of the clips; every stage takes them."""
+    vae = M.load_checkpoint(f"{chain[stage0].out}/stage0/last.pt", "ema")[1]
+    path = str(tmp_path / "latents.bin")
+    data.prepare_latents(path, footage, "tiny", vae, 5, save_every=2)
+    whole = np.fromfile(path, np.float16)
+    about = data.read_latents_about(path)
+    with open(path, "r+b") as file:                                     # killed after 2 of 5
+        file.seek(whole.nbytes * 2 // 5)
+        file.write(bytes(whole.nbytes * 3 // 5))
+    torch.save(about | {"done": 2}, f"{path}.pt")
+    with pytest.raises(SystemExit, match="2 of 5 clips"):
+        data.LatentBank(path, "tiny")
+    data.prepare_latents(path, footage, "tiny", vae, 5)
+    assert np.array_equal(np.fromfile(path, np.float16), whole)
+    hr, lr = data.Clips(footage, 9, 48, "light").clip(0, 3)
+    y, x = np.random.default_rng([0, 3]).integers(0, 5, 2)
+    hr, lr = hr[:, 4 * y:4 * y + 32, 4 * x:4 * x + 32], lr[:, y:y + 8, x:x + 8]
+    want = vae.encode(data.to_tensor(hr)[None]), vae.encode(data.upsample(data.to_tensor(lr)[None], (32, 32)))
+    bank = data.LatentBank(path, "tiny")
+    got = bank.latents(vae, 0, 5, "cpu")
+    k = int((got[0] - want[0]).abs().flatten(1).amax(1).argmin())
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a[k], b[0], atol=2e-2, rtol=2e-3)
+    soft = bank.latents(vae, 0, 5, "cpu", torch.tensor([True, False, True, False, False]))
+    assert [torch.equal(a, b) for a, b in zip(soft[0], got[0], strict=True)] == [False, True, False, True, True]
+    for k, stage in enumerate((stage0, stage1, stage2)):
+        cfg = fork(chain, stage, tmp_path, [], latents=path, data="nowhere")
+        stage.main(cfg)
+        assert checkpoint(cfg, f"stage{k}")["step"] > 0
+    other = M.PatchVAE()
+    other.fit(torch.rand(1, 3, 5, 32, 32))
+    with pytest.raises(SystemExit, match="another video code"):
+        bank.latents(other, 0, 1, "cpu")
+    with pytest.raises(SystemExit, match="other settings"):
+        data.prepare_latents(path, footage, "tiny", other, 5)
+    with pytest.raises(SystemExit, match="not readable"):
+        data.LatentBank(str(tmp_path / "nothing.bin"), "tiny")
+
+
+# ----------------------------------------------------------------------------
 # real processes
 
 CHILD = """
