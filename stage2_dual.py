@@ -259,7 +259,7 @@ def main(cfg):
                             logits = head_ddp([torch.cat(pair) for pair in zip(f_hr, f_s, strict=True)])
                         loss_d = hinge_d(*logits.float().chunk(2))
                     ((loss_diff + loss_d) / cfg.accumulate).backward()  # disjoint parameters: one serves both
-            common.clip_and_step(opt_fake, fake, cfg.clip_norm)
+            norm_fake = common.clip_and_step(opt_fake, fake, cfg.clip_norm)
             if head_trains:
                 common.clip_and_step(opt_head, head, cfg.clip_norm)
         if step < 0:
@@ -308,6 +308,7 @@ def main(cfg):
         # 3) log, save, panel
         if logs:
             values = dict(diff=loss_diff, d=loss_d, g_mean=g.abs().mean(), skipped=1 - keep.mean(), grad_norm=norm,
+                          grad_norm_fake=norm_fake,
                           std=z_0.std(), std_real=x_real.std(), std_fake=x_fake.std(), **losses,
                           **{f"pull_{k}": v for k, v in pull.items()})
             values = {k: common.mean(v) for k, v in values.items()}
