@@ -3,6 +3,7 @@ import json
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -638,3 +639,29 @@ def test_killed_at_a_random_moment_and_resumed_is_bit_equal(chain, tmp_path, foo
         whole = checkpoint(cfg, f"stage{k}")
         killed = torch.load(tmp_path / "killed" / "tiny" / f"stage{k}" / "last.pt", weights_only=True)
         assert_equal({x: whole[x] for x in whole if x not in ("config", "stamp")}, killed, f"stage{k}")
+
+
+@pytest.mark.slow
+def test_two_nodes_of_two_processes_train_as_one(chain, tmp_path, footage):
+    """README's command for several nodes: two agents meet at an address, four processes make a batch of 4."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    script = tmp_path / "node.py"
+    script.write_text(CHILD.format(root=ROOT, out=str(tmp_path / "four" / "tiny"), footage=str(footage), batch=1,
+                                   resume=False))
+    agents = [subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=2", "--rdzv_backend=c10d",
+         f"--rdzv_endpoint=127.0.0.1:{port}", str(script)], stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    for agent in agents:
+        err = agent.communicate(timeout=400)[1]
+        assert agent.returncode == 0, err[-3000:]
+    shrink()
+    for stage, cfg in constants(tmp_path / "one" / "tiny", footage).items():
+        cfg.batch = 4
+        stage.main(cfg)
+    for k in range(4):
+        logs = [common.read_log(str(tmp_path / name / "tiny" / f"stage{k}")) for name in ("one", "four")]
+        for a, b in zip(*logs, strict=True):
+            for key in {"loss", "diff", "d", "dmd", "gan", "fm", "dpo"} & set(a):
+                assert b[key] == pytest.approx(a[key], rel=5e-3, abs=5e-5), (k, a["step"], key)
