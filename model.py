@@ -510,11 +510,6 @@ def build(name):
     return DiT(**MODELS[name])
 
 
-def build_vae(name):
-    """The video code of this model, unfitted."""
-    return PatchVAE()
-
-
 def read_checkpoint(path):
     """The dict in a checkpoint file, on the CPU. Raises SystemExit with one line if it is missing or no checkpoint."""
     if not os.path.isfile(path):
