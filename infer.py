@@ -105,7 +105,8 @@ def upscale(velocity, vae, window, device, lr, steps=1, w=0.0, seed=0, start=0, 
     video = data.to_tensor(lr)[None].to(device)                         # (1, 3, F, h, w)
     frames = max(4 * (window - 1) + 1, -(-(count - 1) // 4) * 4 + 1)    # 4 n + 1, at least one window
     video = torch.cat([video, video[:, :, -1:].expand(-1, -1, frames - count, -1, -1)], dim=2)
-    video = F.pad(video, (0, width % 2, 0, h % 2, 0, 0), mode="replicate")      # tokens are 2 x 2 latents: even sides
+    side = 2 * vae.stride // 4                                          # of a token, 2 x 2 latents, in input pixels
+    video = F.pad(video, (0, -width % side, 0, -h % side, 0, 0), mode="replicate")
     up = data.upsample(video, (4 * video.shape[3], 4 * video.shape[4]))
     z_lr = vae.encode(up)
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):

@@ -22,6 +22,7 @@ import itertools
 import math
 import os
 import pickle
+import re
 from pathlib import Path
 
 import torch
@@ -499,6 +500,53 @@ class PatchVAE(nn.Module):
         return out
 
 
+class WanVAE(nn.Module):
+    """The video code of Wan2.1, diffusers' AutoencoderKLWan, behind PatchVAE's interface: 8 x 8 pixels, 4 frames.
+
+    Latents are (posterior mean - mean) / std of each channel, as Wan's transformer expects them. `dtype` is what it
+    computes in, under autocast too; videos and latents are float32 outside. `tiling`: windows of 256 pixels every 192,
+    blended; less memory, and not quite the same numbers. `config` overrides the sizes of diffusers' module. Nothing in
+    it is trained; load_wan_vae, or a checkpoint, fills it.
+    """
+    stride, channels = 8, 16
+    MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+            0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921)
+    STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+           3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160)
+
+    def __init__(self, dtype=torch.float32, tiling=False, **config):
+        super().__init__()
+        try:
+            from diffusers import AutoencoderKLWan
+        except ImportError:
+            raise SystemExit("Wan's video code needs diffusers: pip install -r requirements-wan.txt") from None
+        self.dtype = dtype
+        self.register_buffer("mean", torch.tensor(self.MEAN).view(1, 16, 1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(self.STD).view(1, 16, 1, 1, 1), persistent=False)
+        self.code = AutoencoderKLWan(**config).requires_grad_(False)
+        for p in self.code.parameters():                                # 5 axes: the weight of a 3D convolution
+            p.data = p.data.to(dtype, memory_format=torch.channels_last_3d if p.ndim == 5 else torch.preserve_format)
+        if tiling:
+            self.code.enable_tiling()
+
+    def encode(self, video):
+        """(B, 3, F, 8H, 8W) in [-1, 1] -> (B, 16, T, H, W)."""
+        if (video.shape[2] - 1) % 4 or video.shape[3] % 8 or video.shape[4] % 8:
+            raise ValueError(f"video {tuple(video.shape)}: F must be 4 n + 1, height and width multiples of 8")
+        with torch.autocast(video.device.type, enabled=False):
+            z = self.code.encode(video.to(self.dtype)).latent_dist.mean
+        return (z.float() - self.mean) / self.std
+
+    def decode(self, z):
+        """(B, 16, T, H, W) -> (B, 3, F, 8H, 8W), clamped to [-1, 1]."""
+        with torch.autocast(z.device.type, enabled=False):
+            return self.code.decode((z.float() * self.std + self.mean).to(self.dtype)).sample.float()
+
+    def draw_onto(self, video, z, z_0):
+        """decode(z_0): this code is not linear, so nothing of `video`, whose latent is z, can be kept beside it."""
+        return self.decode(z_0)
+
+
 # ----------------------------------------------------------------------------
 # building and loading
 
@@ -508,6 +556,11 @@ def build(name):
     if name not in MODELS:
         raise SystemExit(f"model {name!r} is unknown; MODELS in model.py has {', '.join(MODELS)}")
     return DiT(**MODELS[name])
+
+
+def build_vae(name):
+    """The video code, without weights, that belongs to the model of this name in MODELS."""
+    return WanVAE() if name.startswith("wan") else PatchVAE()
 
 
 def read_checkpoint(path):
@@ -537,7 +590,7 @@ def load_checkpoint(path, part="student", device="cpu", finished=False):
     if not isinstance(state.get(part), dict) or "head.head.weight" not in state[part]:
         nets = [k for k, v in state.items() if isinstance(v, dict) and "head.head.weight" in v]
         raise SystemExit(f"{path}: a {state['stage']} checkpoint without {part!r}; it has {', '.join(nets)}")
-    net, vae = build(state["config"]["model"]), PatchVAE()
+    net, vae = build(state["config"]["model"]), build_vae(state["config"]["model"])
     load_part(net, state, part, path)
     load_part(vae, state, "vae", path)
     info = {k: state[k] for k in ("config", "step", "stage")}
@@ -562,46 +615,88 @@ def wan_name(key):
     return "head.modulation" if key == "scale_shift_table" else key.replace("scale_shift_table", "modulation")
 
 
-def read_tensors(path):
-    """All tensors of a .safetensors file, or of a folder of them (diffusers' shards). SystemExit in one line."""
+WAN_VAE_NAMES = (       # Wan's names -> diffusers', as regular expressions replaced in this order
+    (r"^conv1\.", "quant_conv."), (r"^conv2\.", "post_quant_conv."), (r"coder\.conv1\.", "coder.conv_in."),
+    (r"\.head\.0\.", ".norm_out."), (r"\.head\.2\.", ".conv_out."),
+    (r"\.middle\.0\.", ".mid_block.resnets.0."), (r"\.middle\.1\.", ".mid_block.attentions.0."),
+    (r"\.middle\.2\.", ".mid_block.resnets.1."),
+    (r"\.residual\.0\.", ".norm1."), (r"\.residual\.2\.", ".conv1."), (r"\.residual\.3\.", ".norm2."),
+    (r"\.residual\.6\.", ".conv2."), (r"\.shortcut\.", ".conv_shortcut."), (r"\.downsamples\.", ".down_blocks."),
+)
+
+
+def wan_vae_name(key):
+    """The name that a tensor of Wan2.1_VAE.pth has in diffusers' AutoencoderKLWan."""
+    for theirs, ours in WAN_VAE_NAMES:
+        key = re.sub(theirs, ours, key)
+    parts = "resnets.0", "resnets.1", "resnets.2", "upsamplers.0"       # of a decoder block: numbered through by Wan
+    return re.sub(r"upsamples\.(\d+)", lambda m: f"up_blocks.{int(m[1]) // 4}.{parts[int(m[1]) % 4]}", key)
+
+
+def read_tensors(path, part=None):
+    """All tensors of a .safetensors file, of a torch.save'd state dict (.pth, .pt), or of a folder of the former
+    (diffusers' shards). part: the subfolder of a whole pipeline. SystemExit in one line."""
     try:
         from safetensors.torch import load_file
     except ImportError:
         raise SystemExit(f"{path}: needs safetensors: pip install -r requirements-wan.txt") from None
     path = Path(path)
-    if path.is_dir() and (path / "transformer").is_dir():           # the folder of a whole pipeline
-        path = path / "transformer"
+    if part and (path / part).is_dir():
+        path = path / part
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     if not files or not files[0].exists():
         raise SystemExit(f"{path}: no weights there; name a .safetensors file, or a folder that has some")
     tensors = {}
     for file in files:
+        kind = "torch.save" if file.suffix in (".pth", ".pt") else "safetensors"
         try:
-            tensors |= load_file(file)
+            tensors |= torch.load(file, map_location="cpu", weights_only=True) if kind == "torch.save" else \
+                load_file(file)
         except Exception as error:
-            raise SystemExit(f"{file}: not readable as safetensors ({str(error).splitlines()[0][:100]})") from None
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:100]
+            raise SystemExit(f"{file}: not readable as {kind} ({reason})") from None
+    if not all(isinstance(x, torch.Tensor) for x in tensors.values()):
+        raise SystemExit(f"{path}: not a plain state dict; it has {', '.join(map(str, tensors))[:100]}")
     return tensors
 
 
-def load_wan(net, path):
-    """Fill a DiT with the weights of Wan2.1: the original file or diffusers' folder, told apart by their keys.
-
-    The 16 input channels become 32: the columns of z_lr start at zero, so that the network is at first exactly Wan.
-    Prompts are not in these files. Raises SystemExit naming the first keys that are missing, unexpected or misshapen.
-    """
-    found = {key.removeprefix("model.diffusion_model."): x for key, x in read_tensors(path).items()}
-    if "proj_out.weight" in found:
-        found = {wan_name(key): x for key, x in found.items()}
-    first, wide = found.get("patch_embedding.weight"), net.patch_embedding.in_channels
-    if first is not None and 2 * first.shape[1] == wide:
-        found["patch_embedding.weight"] = torch.cat([first, torch.zeros_like(first)], dim=1)
-    wanted = {key: x for key, x in net.state_dict().items() if key not in ("prompts", "residual")}
+def fill(net, found, path, given=()):
+    """Copy the tensors `found` into net, strictly; those named in `given` it has already. Raises SystemExit naming
+    the first keys that are missing, unexpected or misshapen."""
+    wanted = {key: x for key, x in net.state_dict().items() if key not in given}
     wrong = {"missing": wanted.keys() - found.keys(), "unexpected": found.keys() - wanted.keys(),
              "of another shape": {k for k in wanted.keys() & found.keys() if wanted[k].shape != found[k].shape}}
     if any(wrong.values()):
         raise SystemExit(f"{path}: not the weights of this model; " + ", ".join(
             f"{what}: {min(keys)} and {len(keys) - 1} more" for what, keys in wrong.items() if keys))
     net.load_state_dict(found, strict=False)
+
+
+def load_wan(net, path):
+    """Fill a DiT with the weights of Wan2.1: the original file or diffusers' folder, told apart by their keys.
+
+    The 16 input channels become 32: the columns of z_lr start at zero, so that the network is at first exactly Wan.
+    Prompts are not in these files. Raises SystemExit with the first keys that do not fit.
+    """
+    found = {key.removeprefix("model.diffusion_model."): x for key, x in read_tensors(path, "transformer").items()}
+    if "proj_out.weight" in found:
+        found = {wan_name(key): x for key, x in found.items()}
+    first, wide = found.get("patch_embedding.weight"), net.patch_embedding.in_channels
+    if first is not None and 2 * first.shape[1] == wide:
+        found["patch_embedding.weight"] = torch.cat([first, torch.zeros_like(first)], dim=1)
+    fill(net, found, path, given=("prompts", "residual"))
+
+
+def load_wan_vae(vae, path):
+    """Fill a WanVAE: the original Wan2.1_VAE.pth (or .safetensors), or diffusers' folder, told apart by their keys.
+
+    path may be the folder of a whole pipeline, of either kind. Raises SystemExit with the first keys that do not fit.
+    """
+    original = Path(path, "Wan2.1_VAE.pth")
+    found = read_tensors(original if original.is_file() else path, "vae")
+    if "encoder.conv1.weight" in found:
+        found = {wan_vae_name(key): x for key, x in found.items()}
+    fill(vae.code, found, path)
 
 
 def export(source, part, target):
