@@ -25,7 +25,7 @@ test: .venv/ready-test
 	.venv/bin/pip install -q -r requirements.txt
 	touch $@
 
-.venv/ready-test: .venv/ready requirements-test.txt
+.venv/ready-test: .venv/ready requirements-test.txt requirements-wan.txt
 	.venv/bin/pip install -q -r requirements-test.txt
 	touch $@
 

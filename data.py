@@ -7,6 +7,7 @@ What is here, top to bottom:
   clips            Clips: windows of shots, and camera moves over photographs, each with its LR
   the bank         Bank: clips degraded once and kept on disk, from which training batches are cut
   python data.py prepare --film bbb.mp4 --stills DIR --out DIR   cuts the listed shots and photographs
+  python data.py prompts --encoder google/umt5-xxl --out prompts.safetensors   prompts of the real base, as tensors
 
 Everything random follows from (seed, epoch, index), never from a worker, a rank, or the order of calls.
 Shapes: F frames, H x W pixels of HR, h = H/4 and w = W/4 of LR. On disk and in the degradation frames come
@@ -715,14 +716,74 @@ def prepare(film, stills, out, listed=Path(__file__).parent / "samples" / "media
         picture.resize(size, Image.BOX).save(name, quality=97, subsampling=0)
 
 
-def main():
+# ---------------------------------------------------------------------------------------------- prompts
+
+POSITIVE_PROMPT = (             # [ours]
+    "A high quality, sharp video with rich natural detail, clear edges, realistic texture, true colours and stable "
+    "motion, without noise, blur or compression artifacts.")
+NEGATIVE_PROMPT = (             # [Wan], its usual one in English
+    "Bright tones, overexposed, static, blurred details, subtitles, style, works, paintings, images, static, overall "
+    "gray, worst quality, low quality, JPEG compression residue, ugly, incomplete, extra fingers, poorly drawn hands, "
+    "poorly drawn faces, deformed, disfigured, misshapen limbs, fused fingers, still picture, messy background, three "
+    "legs, many people in the background, walking backwards")
+
+
+@torch.no_grad()
+def embed(texts, tokenizer, encoder, length):
+    """The outputs of a text encoder, (n, length, dim): each text ends with </s>, then zeros. What is longer is cut."""
+    rows = []
+    for text in texts:          # one by one: padding would be masked, and its outputs replaced by zeros
+        ids = tokenizer(" ".join(text.split()), truncation=True, max_length=length, return_tensors="pt").input_ids
+        row = encoder(ids).last_hidden_state[0]
+        rows.append(F.pad(row, (0, 0, 0, length - len(row))))
+    return torch.stack(rows)
+
+
+def write_prompts(encoder, out, positive=POSITIVE_PROMPT, negative=NEGATIVE_PROMPT, length=512):
+    """Write the embeddings (3, length, dim) of "", positive and negative, as bf16: what model.read_prompts reads.
+
+    encoder: folder or hub name of a UMT5 encoder and its tokenizer, or the folder of a pipeline that has both as
+    text_encoder and tokenizer. Raises SystemExit in one line.
+    """
+    try:
+        from safetensors.torch import save_file
+        from transformers import AutoTokenizer, UMT5EncoderModel
+    except ImportError:
+        raise SystemExit("prompts need transformers and safetensors: pip install -r requirements-wan.txt") from None
+    if not Path(out).absolute().parent.is_dir():
+        raise SystemExit(f"{out}: its folder does not exist")
+    pipeline = Path(encoder, "text_encoder").is_dir()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(Path(encoder, "tokenizer") if pipeline else encoder)
+        net, report = UMT5EncoderModel.from_pretrained(Path(encoder, "text_encoder") if pipeline else encoder,
+                                                       dtype=torch.bfloat16, output_loading_info=True)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0][:120]
+        raise SystemExit(f"{encoder}: no UMT5 encoder with its tokenizer ({reason})") from None
+    if report["missing_keys"]:
+        raise SystemExit(f"{encoder}: not the weights of a UMT5 encoder; missing: {min(report['missing_keys'])} and "
+                         f"{len(report['missing_keys']) - 1} more")
+    prompts = embed(["", positive, negative], tokenizer, net, length)      # rows model.NULL, POSITIVE, NEGATIVE
+    save_file({"prompts": prompts.bfloat16()}, out, {"null": "", "positive": positive, "negative": negative})
+
+
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("command", choices=["prepare"])
-    parser.add_argument("--film", required=True, help="bbb.mp4")
-    parser.add_argument("--stills", help="folder of the photographs; without it only the film is cut")
-    parser.add_argument("--out", required=True, help="folder to write train/ and val/ into")
-    args = parser.parse_args()
-    prepare(args.film, args.stills, args.out)
+    commands = parser.add_subparsers(dest="command", required=True)
+    cut = commands.add_parser("prepare", help="cut the listed shots and photographs")
+    cut.add_argument("--film", required=True, help="bbb.mp4")
+    cut.add_argument("--stills", help="folder of the photographs; without it only the film is cut")
+    cut.add_argument("--out", required=True, help="folder to write train/ and val/ into")
+    text = commands.add_parser("prompts", help="turn the three prompts of the real base into tensors")
+    text.add_argument("--encoder", required=True, help="UMT5: a folder, or a hub name such as google/umt5-xxl")
+    text.add_argument("--out", required=True, help="prompts.safetensors")
+    text.add_argument("--positive", default=POSITIVE_PROMPT, help="(default: %(default)r)")
+    text.add_argument("--negative", default=NEGATIVE_PROMPT, help="(default: %(default)r)")
+    args = parser.parse_args(argv)
+    if args.command == "prepare":
+        prepare(args.film, args.stills, args.out)
+    else:
+        write_prompts(args.encoder, args.out, args.positive, args.negative)
 
 
 if __name__ == "__main__":

@@ -676,7 +676,7 @@ def load_wan(net, path):
     """Fill a DiT with the weights of Wan2.1: the original file or diffusers' folder, told apart by their keys.
 
     The 16 input channels become 32: the columns of z_lr start at zero, so that the network is at first exactly Wan.
-    Prompts are not in these files. Raises SystemExit with the first keys that do not fit.
+    Prompts are not in these files (read_prompts). Raises SystemExit with the first keys that do not fit.
     """
     found = {key.removeprefix("model.diffusion_model."): x for key, x in read_tensors(path, "transformer").items()}
     if "proj_out.weight" in found:
@@ -697,6 +697,15 @@ def load_wan_vae(vae, path):
     if "encoder.conv1.weight" in found:
         found = {wan_vae_name(key): x for key, x in found.items()}
     fill(vae.code, found, path)
+
+
+def read_prompts(path, shape=(3, 512, 4096)):
+    """The embeddings NULL, POSITIVE, NEGATIVE that `data.py prompts` wrote, float32. shape: that of net.prompts."""
+    prompts = read_tensors(path).get("prompts")
+    if prompts is None or prompts.shape != torch.Size(shape):
+        found = "no prompts" if prompts is None else f"prompts {tuple(prompts.shape)}"
+        raise SystemExit(f"{path}: {found}, the model wants {tuple(shape)}; write them with python data.py prompts")
+    return prompts.float()
 
 
 def export(source, part, target):
