@@ -7,6 +7,7 @@ What is here, top to bottom:
   clips            Clips: windows of shots, and camera moves over photographs, each with its LR
   the bank         Bank: clips degraded once and kept on disk, from which training batches are cut
   python data.py prepare --film bbb.mp4 --stills DIR --out DIR   cuts the listed shots and photographs
+  python data.py prepare --latents FILE --data DIR --model wan1.3b --vae DIR   degrades and encodes clips once
   python data.py prompts --encoder google/umt5-xxl --out prompts.safetensors   prompts of the real base, as tensors
 
 Everything random follows from (seed, epoch, index), never from a worker, a rank, or the order of calls.
@@ -17,7 +18,6 @@ Differs from RealBasicVSR: (1) the bitrate of the codec is scaled with the numbe
 suffer as much as small ones; (2) the HR is not sharpened unless usm=True, since "real" must be real video;
 (3) "h264" and "libx264" of its list are one encoder here.
 """
-import argparse
 import hashlib
 import io
 import json
@@ -38,6 +38,7 @@ from einops import rearrange
 from PIL import Image
 from tqdm import tqdm
 
+import common
 import media
 
 SCALE = 4           # HR is 4 times as wide as LR, as in the paper
@@ -555,14 +556,14 @@ CLIPS = {       # by model. size: px of a stored clip; crop: px of a training cr
 }
 
 
-def training_bank(cfg, rank):
-    """(Bank or LatentBank, its row of CLIPS) of the folder cfg.data, or of the file cfg.latents if one is named.
+def training_bank(cfg, rank, latents=""):
+    """(Bank, its row of CLIPS) of the folder cfg.data; or LatentBank of the file `latents`, if one is named.
 
     Rank 0 builds a Bank while the others wait.
     """
     clip = CLIPS[cfg.model]
-    if getattr(cfg, "latents", ""):
-        return LatentBank(cfg.latents, cfg.model), clip
+    if latents:
+        return LatentBank(latents, cfg.model), clip
     clips = Clips(cfg.data, clip["frames"], clip["size"], clip["strength"], cfg.seed)
     cache = Path(cfg.out).parent / "cache"
     if rank > 0:
@@ -641,6 +642,17 @@ class LatentBank:
         if soft is not None:
             z_hr = torch.where(soft.view(-1, 1, 1, 1, 1), z_soft, z_hr)
         return z_hr, z_lr
+
+
+def open_vae(model, path):
+    """The video code of this model from a checkpoint of this project, or from Wan2.1's files."""
+    import model as M
+    vae = M.build_vae(model).eval().requires_grad_(False)
+    if isinstance(vae, M.PatchVAE):
+        M.load_part(vae, M.read_checkpoint(path), "vae", path)
+    else:
+        M.load_wan_vae(vae, path)
+    return vae
 
 
 def read_latents_about(path):
@@ -768,19 +780,33 @@ def write_prompts(encoder, out, positive=POSITIVE_PROMPT, negative=NEGATIVE_PROM
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = common.command_line(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    cut = commands.add_parser("prepare", help="cut the listed shots and photographs")
-    cut.add_argument("--film", required=True, help="bbb.mp4")
+    cut = commands.add_parser("prepare", help="cut the listed shots and photographs, or degrade and encode clips once")
+    cut.add_argument("--film", help="bbb.mp4")
     cut.add_argument("--stills", help="folder of the photographs; without it only the film is cut")
-    cut.add_argument("--out", required=True, help="folder to write train/ and val/ into")
+    cut.add_argument("--out", help="folder to write train/ and val/ into")
+    cut.add_argument("--latents", help="instead: file to write latents into, for the --latents of the stages")
+    cut.add_argument("--data", default="samples/train", help="folder of videos and photographs (default %(default)s)")
+    cut.add_argument("--model", default="wan1.3b", choices=list(CLIPS), help="whose code (default %(default)s)")
+    cut.add_argument("--vae", help="Wan2.1's video code, file or folder; or a checkpoint of this project")
+    cut.add_argument("--clips", type=int, default=2000, help="how many (default %(default)s)")
+    cut.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     text = commands.add_parser("prompts", help="turn the three prompts of the real base into tensors")
     text.add_argument("--encoder", required=True, help="UMT5: a folder, or a hub name such as google/umt5-xxl")
     text.add_argument("--out", required=True, help="prompts.safetensors")
     text.add_argument("--positive", default=POSITIVE_PROMPT, help="(default: %(default)r)")
     text.add_argument("--negative", default=NEGATIVE_PROMPT, help="(default: %(default)r)")
+    cut.error = text.error = parser.error
     args = parser.parse_args(argv)
-    if args.command == "prepare":
+    if args.command == "prepare" and args.latents:
+        if not args.vae:
+            parser.error("--latents needs --vae: the video code that encodes")
+        prepare_latents(args.latents, args.data, args.model, open_vae(args.model, args.vae).to(args.device), args.clips,
+                        device=args.device)
+    elif args.command == "prepare":
+        if not (args.film and args.out):
+            parser.error("--film and --out, or --latents")
         prepare(args.film, args.stills, args.out)
     else:
         write_prompts(args.encoder, args.out, args.positive, args.negative)

@@ -145,7 +145,7 @@ def main(cfg):
     out_dir = f"{cfg.out}/stage0"
     if rank == 0:
         common.start_run(out_dir, cfg)
-    bank, clip = data.training_bank(cfg, rank)
+    bank, clip = data.training_bank(cfg, rank, cfg.latents)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
     # networks, then resume, then DDP: nothing is loaded into a wrapper

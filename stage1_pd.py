@@ -138,7 +138,7 @@ def main(cfg):
     out_dir = f"{cfg.out}/stage1"
     if rank == 0:
         common.start_run(out_dir, cfg)
-    bank, clip = data.training_bank(cfg, rank)
+    bank, clip = data.training_bank(cfg, rank, cfg.latents)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
     # teacher: whom the student imitates now; student: trained; cfg_net: the student as CFG distillation left it

@@ -166,7 +166,7 @@ def main(cfg):
     out_dir = f"{cfg.out}/stage2"
     if rank == 0:
         common.start_run(out_dir, cfg)
-    bank, clip = data.training_bank(cfg, rank)
+    bank, clip = data.training_bank(cfg, rank, cfg.latents)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
     # real: frozen score model; fake: trained score model, a multi-step model like real, from which it starts;

@@ -534,7 +534,8 @@ def test_stages_train_on_cached_latents(chain, tmp_path, footage, capsys):
     """Encoded once, interrupted and gone on with, the latents are those of the clips; every stage takes them."""
     vae = M.load_checkpoint(f"{chain[stage0].out}/stage0/last.pt", "ema")[1]
     path = str(tmp_path / "latents.bin")
-    data.prepare_latents(path, footage, "tiny", vae, 5, save_every=2)
+    data.main(["prepare", "--latents", path, "--data", str(footage), "--model", "tiny", "--clips", "5",
+               "--vae", f"{chain[stage0].out}/stage0/last.pt"])
     whole = np.fromfile(path, np.float16)
     about = data.read_latents_about(path)
     with open(path, "r+b") as file:                                     # killed after 2 of 5
