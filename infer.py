@@ -80,6 +80,8 @@ def load(ckpt, part, device, tile=0):
     """
     net, vae, info = M.load_checkpoint(ckpt, part, device)
     clip = data.CLIPS[info["config"]["model"]]
+    if tile and hasattr(vae, "code"):                                   # of Wan: a whole frame takes the most memory
+        vae.code.enable_tiling()
     side = max(2, (tile or clip["crop"]) // (2 * vae.stride) * 2)       # tokens are 2 x 2 latents
     share = min(4, side // 4 * 2)
     return partial(upscale, M.tiled(net, (clip["window"], side, side), (0, share, share)), vae, clip["window"], device)
