@@ -9,12 +9,14 @@ RFS-GAN moves it towards real video: a small convolutional head reads the featur
 
 Reads   out/<preset>/stage1/last.pt: cfg (real score, and where the fake score starts), student.
 Writes  out/<preset>/stage2/last.pt: student (averaged weights, read by stage III), net (its raw weights), fake, head,
-        vae, and what --resume needs; log.jsonl, panel.png, loss.png.
+        vae, and what --resume needs; log.jsonl, offsets.jsonl, panel.png, loss.png.
 
 Differs from the paper: (1) L_DMD carries the factor 1/2 of DMD2, so that its gradient is the normalised difference
 itself (dmd_half = False drops it); (2) the real score is the CFG-distilled model, one pass for a guided prediction;
 (3) hinge logits per patch. What a public summary of the paper leaves open is marked [ours] or with its source.
 """
+import json
+import math
 from copy import deepcopy
 from dataclasses import dataclass
 
@@ -25,6 +27,7 @@ from tqdm import tqdm
 import common
 import cost
 import data
+import metrics
 import model as M
 
 # ----------------------------------------------------------------------------
@@ -80,6 +83,7 @@ PRESETS = {                         # the first one is the default
                     save_every=100),
 }
 
+BLURRED = 0.6                       # share of the detail of HR under which verdicts speak of blur [ours]
 HEAD_CHANNELS = {"tiny": 64, "small": 128, "wan1.3b": 512}         # width of the discriminator head [ours]
 
 # ----------------------------------------------------------------------------
@@ -113,6 +117,41 @@ def dmd_loss(z_0, g, keep, half=True):
     target = (z_0 - g).detach()                                         # the stop-gradient makes g the gradient
     loss = (M.bcast(keep, z_0) * (z_0 - target).square()).mean()
     return 0.5 * loss if half else loss
+
+
+def stream_gradients(losses, z_0):
+    """What each stream asks of the student's output: {name: d loss / d z_0}; zeros for one that does not reach it."""
+    found = {}
+    for name, loss in losses.items():
+        g = torch.autograd.grad(loss, z_0, retain_graph=True, allow_unused=True)[0] if loss.requires_grad else None
+        found[name] = torch.zeros_like(z_0) if g is None else g
+    return found
+
+
+def cosine(a, b):
+    """Of two tensors as vectors; 0 if one of them is 0."""
+    return F.cosine_similarity(a.flatten(), b.flatten(), dim=0)
+
+
+def detail(z, z_lr, z_hr):
+    """How much z adds to z_lr, as a share of what HR adds: under 1 is blur, over 1 noise."""
+    return ((z - z_lr).square().mean() / (z_hr - z_lr).square().mean()).sqrt()
+
+
+@torch.no_grad()
+def spatial_offsets(predict, z_0, z_hr, vae, eps, times=(0.2, 0.5, 0.8)):
+    """How far the real score's clean estimates lie from HR, px: [{"t", "student", "hr"}], from the noised student's
+    sample and from noised HR. predict: (z_t, t) -> x_0. Where the first is larger the real score misleads (Fig. 2)."""
+    truth, rows = [data.to_uint8(v) for v in vae.decode(z_hr)], []
+    for time in times:
+        t, row = torch.full((len(z_hr),), time, device=z_hr.device), {"t": time}
+        for name, z in (("student", z_0), ("hr", z_hr)):
+            videos = vae.decode(predict(M.add_noise(z, eps, t), t))
+            offsets = [math.hypot(*metrics.shift(data.to_uint8(v), hr)) for v, hr in zip(videos, truth, strict=True)]
+            offsets = [x for x in offsets if math.isfinite(x)]          # a crop without texture has none
+            row[name] = round(sum(offsets) / max(1, len(offsets)), 3)
+        rows.append(row)
+    return rows
 
 
 def hinge_d(logits_real, logits_fake):
@@ -298,8 +337,8 @@ def main(cfg):
                     with autocast:
                         losses["gan"] = cfg.w_gan * hinge_g(head(f_s).float())
                     losses["fm"] = cfg.w_fm * fm_loss(f_s, f_hr, cfg.fm_norm)
-                if logs:                                                # what each stream asks of the student's output
-                    pull = {k: torch.autograd.grad(x, z_0, retain_graph=True)[0].norm() for k, x in losses.items()}
+                if logs:
+                    pull = stream_gradients(losses, z_0)
                 (sum(losses.values()) / cfg.accumulate).backward()
         norm = common.clip_and_step(opt_student, student, cfg.clip_norm)
         common.ema_update(average, student, min(cfg.ema, done / (done + 10)))
@@ -307,10 +346,16 @@ def main(cfg):
 
         # 3) log, save, panel
         if logs:
-            values = dict(diff=loss_diff, d=loss_d, g_mean=g.abs().mean(), skipped=1 - keep.mean(), grad_norm=norm,
-                          grad_norm_fake=norm_fake,
-                          std=z_0.std(), std_real=x_real.std(), std_fake=x_fake.std(), **losses,
-                          **{f"pull_{k}": v for k, v in pull.items()})
+            z_0 = z_0.detach()
+            direction = x_fake - x_real
+            values = dict(diff=loss_diff, d=loss_d, skipped=1 - keep.mean(), grad_norm=norm, grad_norm_fake=norm_fake,
+                          g_mean=g.abs().mean(), g_want=direction.abs().mean() / (z_0 - x_real).abs().mean(),
+                          g_cosine=cosine(g, direction),                # of an edited dmd_gradient these two may differ
+                          lag=F.mse_loss(v_fake, eps - z_0) / F.mse_loss(v_real, eps - z_0),
+                          detail=detail(z_0, z_lr, z_hr), detail_real=detail(x_real, z_lr, z_hr), **losses,
+                          **{f"pull_{k}": v.norm() for k, v in pull.items()})
+            if {"dmd", "gan"} <= set(pull):
+                values["dmd_gan_cosine"] = cosine(pull["dmd"], pull["gan"])
             values = {k: common.mean(v) for k, v in values.items()}
             if rank == 0:
                 common.log(out_dir, bar, done, **values)
@@ -323,14 +368,18 @@ def main(cfg):
                 t = torch.full((len(z_0),), 0.5, device=device)
                 z_t = M.add_noise(z_0, torch.randn_like(z_0), t)
                 x_real, x_fake = (M.to_x0(z_t, score(net, z_t, t, z_lr)[0], t) for net in (real, fake))
+            rows = spatial_offsets(lambda z_t, t, z_lr=z_lr: M.to_x0(z_t, score(real, z_t, t, z_lr)[0], t),
+                                   z_0, z_hr, vae, eps)
+            with open(f"{out_dir}/offsets.jsonl", "a") as f:
+                f.write(json.dumps({"step": done, "px": rows}) + "\n")
             common.panel(f"{out_dir}/panel.png", {
                 "LR": vae.decode(z_lr), "student": vae.decode(z_0), "real score's x0, t = 0.5": vae.decode(x_real),
-                "fake score's x0": vae.decode(x_fake), "HR, coded": vae.decode(z_hr)}, verdicts(out_dir))
+                "fake score's x0": vae.decode(x_fake), "HR, coded": vae.decode(z_hr)}, verdicts(out_dir, rows))
     common.cleanup()
 
 
-def verdicts(out_dir):
-    """What the latest log lines say, in plain words."""
+def verdicts(out_dir, offsets=()):
+    """What the latest log lines and spatial offsets say, in plain words."""
     lines = common.read_log(out_dir)[-20:]
     if not lines:
         return []
@@ -339,17 +388,33 @@ def verdicts(out_dir):
     last = {k: sum(line.get(k, 0) for line in lines) / len(lines) for k in lines[-1]}
     words = [f"mean |g| of DMD {last['g_mean']:.2f}: " + ("healthy" if 0.1 < last["g_mean"] < 3 else
              "the fake score equals the real one" if last["g_mean"] <= 0.1 else "spikes; lower lr")]
+    if last["g_cosine"] < 0:
+        words.append("g points from the fake score's x0 to the real one's: the sign of dmd_gradient is flipped")
+    if not 0.5 < last["g_mean"] / max(last["g_want"], 1e-9) < 2:
+        words.append(f"g is not normalised: (x_fake - x_real) / mean |z_0 - x_real| would be {last['g_want']:.2g}")
     if last["skipped"] > 0.05:
         words.append(f"{last['skipped']:.0%} of samples skipped as spikes: see the real score's x0")
+    if last["lag"] > 0.99:
+        words.append("the fake score knows the student no better than the real one: raise aux_per_student or lr_fake")
+    if last["detail"] < BLURRED:
+        words.append(f"the student adds {last['detail']:.0%} of HR's detail: a mean, not a sample; was stage I run?")
+    if last["detail_real"] < BLURRED:
+        words.append(f"the real score's x0 has {last['detail_real']:.0%} of HR's detail: blurred; lower t_max")
     if "pull_gan" in last:
         words.append(f"hinge L_D {last['d']:.2f}: " + ("the head has won; lower lr_head" if last["d"] < 0.3 else
                      "the head has not learnt yet" if last["d"] > 1.95 else "healthy"))
+        if last["pull_gan"] == 0 and last["d"] != 2:                    # at first the head is 0, and L_D exactly 2
+            words.append("L_G does not reach the student: are the features detached?")
         if "pull_dmd" in last and last["pull_gan"] > last["pull_dmd"]:
             words.append("the GAN pulls harder than DMD: halve w_gan")
     diffs = [line["diff"] for line in lines]
     early, late = (sum(x) / max(1, len(x)) for x in (diffs[:len(diffs) // 2], diffs[len(diffs) // 2:]))
     if len(diffs) >= 10 and late > 1.3 * early:
         words.append("the fake score lags behind the student: raise aux_per_student or lr_fake")
+    for row in offsets:
+        if row["student"] > row["hr"] + 0.3:
+            words.append(f"at t = {row['t']} the real score draws the student's sample {row['student']:.1f} px off HR, "
+                         f"HR itself {row['hr']:.1f} px: lower t_max, or raise w_gan")
     return words
 
 

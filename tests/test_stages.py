@@ -413,6 +413,59 @@ def assert_equal(a, b, where=""):
 
 
 # ----------------------------------------------------------------------------
+# runs that are broken on purpose, and what the panel says of them
+
+
+def said_of(chain, tmp_path, **changes):
+    cfg = fork(chain, stage2, tmp_path, ["stage0", "stage1"], **changes)
+    stage2.main(cfg)
+    return "\n".join(stage2.verdicts(f"{cfg.out}/stage2"))
+
+
+BROKEN = {"flipped": "sign of dmd_gradient is flipped", "raw": "not normalised", "detached": "features detached",
+          "no fake": "no better than the real one", "no stage I": "was stage I run"}
+
+
+def test_a_sound_run_is_not_flagged(chain, tmp_path, monkeypatch):
+    monkeypatch.setattr(stage2, "BLURRED", 0.0)                         # four steps of a toy draw no detail
+    words = said_of(chain, tmp_path, aux_warmup=60, lr_fake=2e-3)
+    assert not any(flag in words for flag in BROKEN.values()), words
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_a_broken_run_is_flagged(chain, tmp_path, monkeypatch, how):
+    sound, changes = stage2.dmd_gradient, dict(aux_warmup=60, lr_fake=2e-3)
+    if how == "flipped":
+        monkeypatch.setattr(stage2, "dmd_gradient", lambda *x: (-sound(*x)[0], sound(*x)[1]))
+    elif how == "raw":
+        def raw(z, real, fake):                                         # the normaliser of a trained student is 0.1 to 0.5
+            return 0.2 * (fake - real), sound(z, real, fake)[1]
+        monkeypatch.setattr(stage2, "dmd_gradient", raw)
+    elif how == "detached":
+        forward = M.RFSHead.forward
+        monkeypatch.setattr(M.RFSHead, "forward", lambda head, f: forward(head, [x.detach() for x in f]))
+    elif how == "no fake":
+        changes = dict(aux_per_student=0, aux_warmup=1, lr_fake=0.0)
+    else:                                                               # the one step of a multi-step model is a mean
+        def add_a_tenth(net, eps, z_lr, plain=M.one_step):
+            return z_lr + 0.1 * (plain(net, eps, z_lr) - z_lr)
+        monkeypatch.setattr(M, "one_step", add_a_tenth)
+    assert BROKEN[how] in said_of(chain, tmp_path, **changes)
+
+
+def test_spatial_offset_is_the_shift_of_what_the_real_score_draws():
+    """A real score that moves a student's sample by one latent, 4 px, and leaves HR where it is."""
+    torch.manual_seed(0)
+    video = torch.nn.functional.interpolate(torch.rand(2 * 5, 3, 24, 24), scale_factor=4, mode="bicubic").clamp(0, 1)
+    video = (2 * video - 1).unflatten(0, (2, 5)).transpose(1, 2)
+    vae = M.PatchVAE()
+    vae.fit(video)
+    z = vae.encode(video)
+    rows = stage2.spatial_offsets(lambda z_t, t: z if torch.equal(z_t, z) else z.roll(1, -1), 0 * z, z, vae, z, (0.0,))
+    assert rows[0]["t"] == 0 and rows[0]["student"] == pytest.approx(4, abs=0.1) and rows[0]["hr"] < 0.01
+
+
+# ----------------------------------------------------------------------------
 # what large models need
 
 
