@@ -438,7 +438,7 @@ def test_a_broken_run_is_flagged(chain, tmp_path, monkeypatch, how):
     if how == "flipped":
         monkeypatch.setattr(stage2, "dmd_gradient", lambda *x: (-sound(*x)[0], sound(*x)[1]))
     elif how == "raw":
-        def raw(z, real, fake):                                         # the normaliser of a trained student is 0.1 to 0.5
+        def raw(z, real, fake):                                         # of a trained student the normaliser is small
             return 0.2 * (fake - real), sound(z, real, fake)[1]
         monkeypatch.setattr(stage2, "dmd_gradient", raw)
     elif how == "detached":
