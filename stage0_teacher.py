@@ -199,8 +199,22 @@ def main(cfg):
                 guided = M.sample(ema, eps, z_lr, 8, w=1.0)
             common.panel(f"{out_dir}/panel.png", {
                 "LR": vae.decode(z_lr), "1 step": vae.decode(few), "8 steps": vae.decode(many),
-                "8 steps, w = 1": vae.decode(guided), "HR, coded": vae.decode(z_0)})
+                "8 steps, w = 1": vae.decode(guided), "HR, coded": vae.decode(z_0)}, verdicts(out_dir))
     common.cleanup()
+
+
+def verdicts(out_dir):
+    """What the log says, in plain words: whether the loss still falls, by the means of its last two quarters."""
+    losses = [line["loss"] for line in common.read_log(out_dir)]
+    quarter = len(losses) // 4
+    if quarter < 5:
+        return ["too few log lines to say how training goes"]
+    before, now = (sum(x) / quarter for x in (losses[-2 * quarter:-quarter], losses[-quarter:]))
+    if now > 1.1 * before:
+        return [f"the loss rises, {before:.3f} to {now:.3f}: lower lr"]
+    if now > 0.97 * before:
+        return [f"the loss has settled at {now:.3f}: let lr fall (decay), or take a larger model"]
+    return [f"the loss still falls, {before:.3f} to {now:.3f}: train longer"]
 
 
 if __name__ == "__main__":

@@ -453,6 +453,15 @@ def test_a_broken_run_is_flagged(chain, tmp_path, monkeypatch, how):
     assert BROKEN[how] in said_of(chain, tmp_path, **changes)
 
 
+@pytest.mark.parametrize("losses, word", [([1.0] * 8, "too few"), ([1.0] * 40, "settled"),
+                                          ([1.0] * 30 + [2.0] * 10, "rises"),
+                                          ([1 / (k + 1) for k in range(40)], "still falls")])
+def test_the_teachers_panel_says_how_training_goes(tmp_path, losses, word):
+    with open(tmp_path / "log.jsonl", "w") as f:
+        f.writelines(json.dumps({"step": k, "loss": x}) + "\n" for k, x in enumerate(losses))
+    assert word in stage0.verdicts(tmp_path)[0]
+
+
 def test_spatial_offset_is_the_shift_of_what_the_real_score_draws():
     """A real score that moves a student's sample by one latent, 4 px, and leaves HR where it is."""
     torch.manual_seed(0)
