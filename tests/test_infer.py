@@ -10,7 +10,6 @@ import pytest
 import torch
 from PIL import Image
 
-import bench
 import data
 import evaluate
 import infer
@@ -353,14 +352,6 @@ def test_commands_of_the_readme(plain, tmp_path, monkeypatch):
         monkeypatch.chdir(shutil.copytree(files, tmp_path / str(i)))
         infer.main(command.split())
         assert os.path.exists(command.split()[1]), command
-
-
-def test_bench_times_a_chunk_per_kept_frame(plain, capsys, monkeypatch):
-    monkeypatch.setattr(bench, "span", lambda: None)
-    bench.main(["student", "--repeats", "2"])
-    said = capsys.readouterr().out
-    assert plain == [33] * 3 and "4 shared" in said and "not installed" in said
-    assert 0 < float(re.search(r"([\d.]+) s  \(", said)[1]) < 5
 
 
 def test_mistakes_get_one_line(checkpoint, tmp_path):
