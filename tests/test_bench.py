@@ -164,6 +164,6 @@ def test_every_preset_has_sizes_that_fit():
     assert set(bench.SIZES) == set(M.MODELS) and set(bench.YARDSTICK) <= set(M.MODELS["tiny"])
     for name, sizes in bench.SIZES.items():
         assert all(n % 2 == 0 for k in ("dit", "stage2") for n in sizes[k][2:]), name
-        if name in data.CLIPS:
+        if name != "wan1.3b":                                           # that one is timed at the paper's sizes
             clip, stride = data.CLIPS[name], M.build_vae(name).stride
             assert sizes["stage2"][1:] == (clip["window"], clip["crop"] // stride, clip["crop"] // stride)
