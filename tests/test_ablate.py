@@ -1,0 +1,262 @@
+"""ablate.py on the networks and clips of test_stages.py: what arms share, what is written, what counts as better."""
+import json
+import re
+import shutil
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import ablate
+import common
+import data
+import evaluate
+import media
+import metrics
+import model as M
+import stage1_pd as stage1
+import stage2_dual as stage2
+import stage3_dpo as stage3
+from tests import test_stages
+from tests.test_metrics import texture
+from tests.test_stages import checkpoint, moved
+
+STAGES = {1: stage1, 2: stage2, 3: stage3}
+
+
+@pytest.fixture(autouse=True)
+def toy(monkeypatch):
+    monkeypatch.setitem(M.MODELS, "tiny", test_stages.SMALL_MODEL)
+    monkeypatch.setitem(data.CLIPS, "tiny", test_stages.SMALL_CLIP)
+    monkeypatch.setattr(common, "panel", lambda *args: None)
+    scale = dict(clips=3, batch=2, log_every=1, save_every=2)
+    monkeypatch.setitem(stage1.PRESETS, "tiny", dict(scale, cfg_steps=2, steps_per_phase=2, pd_grid=(4, 2, 1)))
+    monkeypatch.setitem(stage2.PRESETS, "tiny", dict(scale, steps=2, aux_warmup=1, lr=1e-3))
+    monkeypatch.setitem(stage3.PRESETS, "tiny", dict(scale, steps=2, pairs=2, candidates=2, lr=1e-3))
+    monkeypatch.setattr(metrics, "vmaf", lambda a, b: {"vmaf": 50.0, "vmaf_neg": 50.0 + float(a.mean()) / 255})
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A folder with training footage, two clips to measure on, and stages 0 and I of a toy run."""
+    folder = tmp_path_factory.mktemp("ablate")
+    kept = M.MODELS["tiny"], data.CLIPS["tiny"], common.panel
+    test_stages.shrink()
+    common.panel = lambda *args: None
+    for name, count, side in (("train", 1, 64), ("val", 2, 64)):
+        (folder / name).mkdir()
+        for i in range(count):
+            wide = texture(i, side, side + 16)
+            media.write_video(folder / name / f"{'ab'[i]}.mkv", np.stack([wide[:, t:t + side] for t in range(16)]), 24)
+    configs = test_stages.constants(folder / "run" / "tiny", folder / "train")
+    for stage in (test_stages.stage0, stage1):
+        stage.main(configs[stage])
+    M.MODELS["tiny"], data.CLIPS["tiny"], common.panel = kept
+    return folder
+
+
+@pytest.fixture
+def run(base, tmp_path, monkeypatch):
+    """A function (name, options) that runs an ablation; it returns the ablation's folder and the stages it called."""
+    out = tmp_path / "tiny"
+    for name in ("stage0", "stage1"):
+        shutil.copytree(base / "run" / "tiny" / name, out / name)
+    shutil.copytree(base / "run" / "cache", tmp_path / "cache")
+    mains, calls = {n: stage.main for n, stage in STAGES.items()}, []
+    for n, stage in STAGES.items():
+        monkeypatch.setattr(stage, "main", lambda cfg, n=n: (calls.append((n, cfg.out.split("/")[-1])), mains[n](cfg)))
+
+    def start(name, *options):
+        calls.clear()
+        ablate.main([name, "--out", str(out), "--data", str(base / "train"), "--clips", str(base / "val"),
+                     "--frames", "5", "--teacher_steps", "2", *options])
+        return out / "ablate" / name, list(calls)
+    return start
+
+
+# ----------------------------------------------------------------------------
+# the arms
+
+DIFFER = {      # the fields that the arms of an ablation may differ in, and nothing else
+    "stages": {2: set(), 3: set()}, "streams": {2: {"streams", "order"}, 3: set()},
+    "features": {2: {"features"}, 3: set()},
+    "ratio": {2: {"aux_per_student"}, 3: set()}, "init": {2: {"init"}, 3: set()},
+    "dpo": {2: set(), 3: {"dpo_t", "anchor", "own_noise"}}}
+
+
+@pytest.mark.parametrize("preset", ["tiny", "small"])
+@pytest.mark.parametrize("name", list(ablate.ARMS))
+def test_arms_differ_in_what_they_are_about_alone(name, preset):
+    args = ablate.arguments([name, "--preset", preset, "--steps", "7"])
+    found = {2: {}, 3: {}}
+    for key, arm in ablate.arms_of(args).items():
+        for n, cfg in ablate.configs(args, arm, f"{args.out}/x", 4).items():
+            found[n][key] = asdict(cfg)
+            assert (cfg.steps, cfg.seed, cfg.resume, cfg.out) == (7, 4, True, f"{args.out}/x") and cfg.model == preset
+    for n, cfgs in found.items():
+        differ = {k for c in cfgs.values() for k in c if len({repr(other[k]) for other in cfgs.values()}) > 1}
+        assert differ == DIFFER[name][n], n
+    trained = {key: ablate.needs(arm) for key, arm in ablate.ARMS[name].items()}
+    if name in ("stages", "dpo"):
+        assert len(found[2]) < len(trained) or name == "dpo"
+    else:                                                       # the same later stages; no two arms are the same
+        assert set(trained.values()) == {(2, 3)}
+        assert len({repr(c) for c in found[2].values()}) == len(trained)
+    assert set(DIFFER) == set(ablate.ARMS)
+
+
+def test_arms_hold_what_their_names_say():
+    two = {k: (arm.two.get("streams", stage2.Config.streams), arm.two.get("order", stage2.Config.order))
+           for k, arm in ablate.ARMS["streams"].items()}
+    both = ("dmd", "gan")
+    assert two == {"dmd": (("dmd",), "joint"), "gan": (("gan",), "joint"), "sequential": (both, "sequential"),
+                   "joint": (both, "joint"), "regression": (("mse",), "joint")}
+    assert [arm.two["aux_per_student"] for arm in ablate.ARMS["ratio"].values()] == [1, 3, 5]
+    rows = [arm.row for arm in ablate.ARMS["stages"].values()]
+    assert rows == ["teacher50", "teacher1", "stage1", "stage2", "stage3"]
+
+
+# ----------------------------------------------------------------------------
+# a run
+
+
+def table_rows(text):
+    return [re.split(r" *\| *", line)[1:-1] for line in text.splitlines() if line.startswith("| ")]
+
+
+def test_streams_writes_table_numbers_and_pictures_and_resumes(run, capsys, monkeypatch):
+    kept = {key: ablate.ARMS["streams"][key] for key in ("dmd", "gan", "regression")}
+    monkeypatch.setitem(ablate.ARMS, "streams", kept)
+    folder, calls = run("streams", "--seeds", "2")
+    arms = list(kept)
+    assert calls == [(n, f"{key}-seed{k}") for k in range(2) for key in arms for n in (2, 3)]
+    said = re.findall(r"^streams, seed (\d), (.+): about ([\d.]+) minutes", capsys.readouterr().out, re.M)
+    assert [(int(k), t) for k, t, _ in said] == [(k, arm.title) for k in range(2) for arm in kept.values()]
+
+    result = json.loads((folder / "results.json").read_text())
+    assert list(result["arms"]) == arms and len(result["pairs"]) == len(arms) * (len(arms) - 1) // 2
+    assert {"commit", "command", "versions"} <= set(result["stamp"])
+    for key, about in result["arms"].items():
+        assert about["configs"]["stage2"]["streams"] == list(kept[key].two["streams"])
+        assert set(about["seeds"]) == {"0", "1"} and set(about["seeds"]["0"]) == {"a", "b"}
+        assert about["seeds"]["0"] != about["seeds"]["1"]
+        means = [np.mean([v["psnr"] for v in clips.values()]) for clips in about["seeds"].values()]
+        assert about["mean"]["psnr"] == pytest.approx(np.mean(means), rel=1e-5)
+        assert about["sd"]["psnr"] == pytest.approx(abs(means[0] - means[1]) / 2 ** 0.5, rel=1e-3)
+
+    # the numbers are those of the student of the arm's last stage, on evaluate.py's path
+    clip = evaluate.read_clips(evaluate.Config(clips=result["stamp"]["config"]["clips"], frames=5))[1]
+    upscaler = evaluate.infer.load(folder / "gan-seed1" / "stage3" / "last.pt", "student", ablate.torch.device("cpu"))
+    frames = data.to_uint8(upscaler(clip["lr"], steps=1, w=0.0, seed=1))
+    assert result["arms"]["gan"]["seeds"]["1"]["b"]["psnr"] == pytest.approx(metrics.psnr(frames, clip["hr"]), abs=1e-2)
+
+    text = (folder / "table.md").read_text()
+    rows = table_rows(text)
+    assert [row[0] for row in rows[1:]] == [arm.title for arm in kept.values()]
+    assert rows[1][1] == "{:.2f} +- {:.2f}".format(*(result["arms"]["dmd"][k]["psnr"] for k in ("mean", "sd")))
+    assert rows[1][-4:] == ["4.99", "61.46", "0.432", "87.38"] and rows[-1][-4:] == ["-"] * 4
+    assert "paper's own metrics on its own data" in text
+    assert len(re.findall(r"^- ", text, re.M)) == 3
+    for name in "ab":                                           # LR, the arms, HR: squares of 320 with 6 between them
+        assert Image.open(folder / f"{name}.png").width == (len(arms) + 2) * 326 - 6
+
+    # nothing is done over without --resume; with it nothing at all is done, and the table is the same
+    with pytest.raises(SystemExit, match="--resume"):
+        run("streams", "--seeds", "2")
+    scored, score = [], evaluate.score
+    monkeypatch.setattr(evaluate, "score", lambda *args, **kw: (scored.append(args[0]), score(*args, **kw))[1])
+    assert run("streams", "--seeds", "2", "--resume") == (folder, [])
+    assert set(scored) == {"HR"} and (folder / "table.md").read_text() == text
+
+    # a half-done arm alone is gone on with; with other constants nothing is
+    state = ablate.torch.load(folder / "gan-seed1/stage3/last.pt", weights_only=True)
+    ablate.torch.save(state | {"step": 1}, folder / "gan-seed1/stage3/last.pt")
+    assert run("streams", "--seeds", "2", "--resume")[1] == [(3, "gan-seed1")]
+    with pytest.raises(SystemExit, match="made with another stage2.steps, stage3.steps; "):
+        run("streams", "--seeds", "2", "--resume", "--steps", "5")
+
+
+def test_dpo_arms_share_stage2_and_its_pairs(run, monkeypatch):
+    made, make = [], stage3.make_pairs
+    monkeypatch.setattr(stage3, "make_pairs", lambda *args: (made.append(1), make(*args))[1])
+    folder, calls = run("dpo", "--seeds", "1")
+    assert calls == [(2, "none-seed0")] + [(3, f"{key}-seed0") for key in list(ablate.ARMS["dpo"])[1:]]
+    assert len(made) == 1
+    result = json.loads((folder / "results.json").read_text())["arms"]
+    assert result["none"]["sd"]["psnr"] is None
+    assert [about["configs"].get("stage3", {}).get("anchor") for about in result.values()] == [None, 1, 0, 1, 0, 1]
+    students = {k: test_stages.torch.load(folder / f"{k}-seed0/stage3/last.pt", weights_only=True)["student"]
+                for k in list(result)[1:]}
+    assert all(moved(students["one"], students[k]) for k in students if k != "one")
+
+
+def test_stages_trains_once_and_takes_the_rows_of_the_teacher(run):
+    folder, calls = run("stages", "--seeds", "1")
+    assert calls == [(2, "I+II-seed0"), (3, "I+II+III-seed0")]
+    result = json.loads((folder / "results.json").read_text())
+    sources = result["stamp"]["checkpoints"]
+    assert [(s["part"], s["steps"], s["w"]) for s in sources.values()] == [("ema", 2, 1.0), ("ema", 1, 1.0)] + [
+        ("student", 1, 0.0)] * 3
+    assert [s["path"].split("/")[-2] for s in sources.values()] == ["stage0", "stage0", "stage1", "stage2", "stage3"]
+    rows = table_rows((folder / "table.md").read_text())
+    assert [row[0] for row in rows[1:3]] == ["teacher, 2 steps", "teacher, 1 step"] and rows[1][-1] == "87.98"
+    assert len({repr(about["seeds"]["0"]["a"]["psnr"]) for about in result["arms"].values()}) == 5
+
+
+def test_stage1_is_trained_first_and_stage3_can_be_left_out(run, tmp_path):
+    shutil.rmtree(tmp_path / "tiny" / "stage1")
+    folder, calls = run("init", "--seeds", "1", "--no-stage3", "--steps", "1")
+    assert calls == [(1, "tiny"), (2, "stage1-seed0"), (2, "cfg-seed0")]
+    assert checkpoint(stage1.Config(out=str(tmp_path / "tiny")), "stage1")["step"] == 6
+    states = [checkpoint(stage2.Config(out=str(folder / f"{key}-seed0")), "stage2") for key in ("stage1", "cfg")]
+    assert [s["step"] for s in states] == [1, 1] and moved(states[0]["net"], states[1]["net"])
+    assert "paper" not in table_rows((folder / "table.md").read_text())[0][-1]
+
+
+# ----------------------------------------------------------------------------
+# numbers
+
+
+def numbers(values, metric="niqe"):
+    """{seed: {clip: {metric: value}}} of an array (seeds, clips); the other metrics have none."""
+    return {k: {f"c{i}": dict.fromkeys(ablate.SHOWN) | {metric: float(v)} for i, v in enumerate(row)}
+            for k, row in enumerate(values)}
+
+
+def test_paired_bootstrap_of_a_constant_difference_is_that_difference():
+    x = np.random.default_rng(0).normal(5, 2, (3, 4))           # clips differ far more than arms do
+    found = ablate.compare(numbers(x - 0.12), numbers(x))
+    assert found["niqe"] == pytest.approx((0.12, 0.12, 0.12)) and all(np.isnan(found["psnr"]))
+    assert ablate.sentence("A", "B", found) == "A beats B in NIQE: +0.12 (0.12 to 0.12)"
+    assert ablate.sentence("B", "A", ablate.compare(numbers(x), numbers(x - 0.12))) == \
+        "A beats B in NIQE: +0.12 (0.12 to 0.12)"
+    better = ablate.compare(numbers(x + 0.5, "psnr"), numbers(x, "psnr"))
+    assert better["psnr"] == pytest.approx((0.5, 0.5, 0.5))
+
+
+def test_paired_bootstrap_of_symmetric_differences_holds_0():
+    x, d = np.random.default_rng(0).normal(5, 2, (2, 6)), np.tile([0.3, -0.3], 6).reshape(2, 6)
+    mean, lo, hi = ablate.compare(numbers(x + d), numbers(x))["niqe"]
+    assert mean == pytest.approx(0, abs=1e-9) and lo == pytest.approx(-hi, abs=0.03)
+    # 12 draws of +-0.3: the standard error is 0.3 / sqrt(12) = 0.087, 1.96 of them are 0.17
+    assert 0.13 < hi < 0.20
+    assert ablate.sentence("A", "B", {"niqe": (mean, lo, hi)}).startswith("no difference shown between A and B in NIQE")
+
+
+def test_a_grid_is_better_the_closer_it_is_to_1():
+    assert ablate.gain("grid", 0.95, 1.10) == pytest.approx(0.05) == -ablate.gain("grid", 1.10, 0.95)
+
+
+def test_work_counts_the_passes_of_a_run():
+    """A student update with its three others is 30 forwards' worth; a warm-up is 7: the student, HR and sample through
+    real, HR through fake, 3 to train it. A candidate of 4 x 64 x 64 latents is 2 x 3 x 3 tiles of 3 x 32 x 32."""
+    assert ablate.work(2, stage2.Config()) == 40 * 30 + 30 * 7
+    assert ablate.work(2, stage2.Config(streams=("mse",))) == 40 * 3
+    assert ablate.tiles("small", 13, 256, 256) == 18
+    assert ablate.work(3, stage3.Config(model="small")) == 2 * 40 * 4 + 16 * 4 * 18 / 4
+    clips = [{"hr": np.zeros((9, 256, 256, 3), np.uint8)}] * 2          # 3 latent frames
+    base, todo = stage2.Config(model="small"), {2: stage2.Config()}
+    assert ablate.minutes(todo, 4, clips, base, {2: 0.5, "score": 60}, 0.1) == pytest.approx(
+        (1410 * 0.5 + 4 * 18 / 4 * 0.1 + 60) / 60)
+    assert ablate.minutes(todo, 0, clips, base, {}, 0.1) == pytest.approx(1410 * 0.1 / 60)
