@@ -14,6 +14,7 @@ Writes  out/<preset>/stage2/last.pt: student (averaged weights, read by stage II
 Differs from the paper: (1) L_DMD carries the factor 1/2 of DMD2, so that its gradient is the normalised difference
 itself (dmd_half = False drops it); (2) the real score is the CFG-distilled model, one pass for a guided prediction;
 (3) hinge logits per patch. What a public summary of the paper leaves open is marked [ours] or with its source.
+Only for comparison (ablate.py): regression in place of the streams, and a student that has not been through stage I.
 """
 import json
 import math
@@ -47,15 +48,17 @@ class Config:
     latents: str = ""               # file of data.py prepare --latents, used instead of data; "": none
     checkpointing: bool = False     # keep the inputs of blocks alone and compute the rest twice: less memory
     dry_run: bool = False           # print what an iteration costs, in passes, FLOPs and memory, and stop
-    streams: tuple = ("dmd", "gan")  # what teaches the student: either or both [paper: both]
+    streams: tuple = ("dmd", "gan")  # what teaches the student: dmd, gan [paper: both]; mse: z_0 against HR [DOVE]
     order: str = "joint"            # "joint", or "sequential": DMD in the first half, GAN in the second [paper: joint]
     features: str = "both"          # score models whose features the head reads: "both", "real", "fake" [paper: both]
+    init: str = "stage1"            # where the student starts: "stage1" [paper], or "cfg", the CFG-distilled model
     steps: int = 40                 # student updates [not in the paper's summary; 2,000 to 4,000 at 1.3B: FastVideo]
     aux_warmup: int = 30            # auxiliary updates before the first student update [ours]
     aux_per_student: int = 3        # auxiliary updates (fake score, head) per student update [paper]
     w_dmd: float = 1.0              # weight of L_DMD [paper]
     w_gan: float = 0.1              # weight of L_G [paper]
     w_fm: float = 0.05              # weight of L_FM [paper]
+    w_mse: float = 1.0              # weight of the regression of stream mse, only for comparison [DOVE]
     dmd_half: bool = True           # 1/2 in L_DMD [DMD2]; the paper writes none, which doubles L_DMD
     t_min: float = 0.02             # score times are t_min + (t_max - t_min) shift(u) [DMD2]
     t_max: float = 0.98             # a narrower range, such as 0.7, keeps closer to the LR [DMD2]
@@ -83,7 +86,7 @@ PRESETS = {                         # the first one is the default
                     save_every=100),
 }
 
-BLURRED = 0.6                       # share of the detail of HR under which verdicts speak of blur [ours]
+BLURRED, GRAINY = 0.6, 1.2          # shares of the detail of HR at which verdicts speak of blur and of grain [ours]
 HEAD_CHANNELS = {"tiny": 64, "small": 128, "wan1.3b": 512}         # width of the discriminator head [ours]
 
 # ----------------------------------------------------------------------------
@@ -174,14 +177,20 @@ def fm_loss(fake, real, norm="mse"):
     return sum(distance(M.normalise(f), M.normalise(r).detach()) for f, r in pairs) / len(fake)
 
 
+def scored(cfg):
+    """Whether a stream needs the score models and the head; regression alone does not."""
+    return bool({"dmd", "gan"} & set(cfg.streams))
+
+
 def passes(cfg):
     """DiT passes of an iteration, aux_per_student auxiliary updates and one of the student, for cost.py:
     {network: how it is kept and (forward alone, input gradient, full)}. With both streams 30 forwards' worth."""
-    n, gan = cfg.aux_per_student, "gan" in cfg.streams
+    s, gan = int(scored(cfg)), "gan" in cfg.streams
+    n = s * cfg.aux_per_student
     r, f = (int(gan and cfg.features in ("both", name)) for name in ("real", "fake"))    # whose features are read
     counts = {"student": ("trained", n, 0, 1), "average": ("average", 0, 0, 0),
-              "fake": ("trained", f * (n + 1) + (1 - f), f, n),
-              "real": ("frozen bf16", r * (2 * n + 1) + (1 - r) + (cfg.real_score == "teacher"), r, 0)}
+              "fake": ("trained", f * (n + 1) + (s - f), f, n),
+              "real": ("frozen bf16", r * (2 * n + 1) + (s - r) + s * (cfg.real_score == "teacher"), r, 0)}
     return {name: (kept, *(cfg.accumulate * k for k in numbers)) for name, (kept, *numbers) in counts.items()}
 
 
@@ -190,9 +199,9 @@ def passes(cfg):
 
 def check(cfg):
     common.check_choices(cfg, model=tuple(M.MODELS), order=("joint", "sequential"), features=("both", "real", "fake"),
-                         real_score=("cfg", "teacher"), fm_norm=("mse", "l1"))
-    if not set(cfg.streams) <= {"dmd", "gan"} or not cfg.streams:
-        raise SystemExit(f"streams {cfg.streams}: dmd, gan, or both")
+                         real_score=("cfg", "teacher"), fm_norm=("mse", "l1"), init=("stage1", "cfg"))
+    if not set(cfg.streams) <= {"dmd", "gan", "mse"} or not cfg.streams:
+        raise SystemExit(f"streams {cfg.streams}: dmd, gan, or both; mse for comparison")
     if cfg.order == "sequential" and set(cfg.streams) != {"dmd", "gan"}:
         raise SystemExit("order sequential needs both streams")
 
@@ -210,7 +219,8 @@ def main(cfg):
 
     # real: frozen score model; fake: trained score model, a multi-step model like real, from which it starts;
     # head: discriminator head on the features of both; average: of the student's weights, for use and never fed back
-    student, vae, _ = M.load_checkpoint(f"{cfg.out}/stage1/last.pt", "student", device, finished=True)
+    source = "student" if cfg.init == "stage1" else "cfg"
+    student, vae, _ = M.load_checkpoint(f"{cfg.out}/stage1/last.pt", source, device, finished=True)
     fake, _, _ = M.load_checkpoint(f"{cfg.out}/stage1/last.pt", "cfg", device, finished=True)
     real = M.load_checkpoint(M.teacher_file(cfg), "ema", device)[0] if cfg.real_score == "teacher" else deepcopy(fake)
     if device.type == "cuda":
@@ -263,17 +273,17 @@ def main(cfg):
         return [f for net in readers for f in score(net, z_t, t, z_lr)[1]]
 
     # the steps before 0 are the warm-up: auxiliary updates alone, until fake score and head know the student
-    first = start or -cfg.aux_warmup
+    first = start or (-cfg.aux_warmup if scored(cfg) else 0)
     bar = tqdm(range(first, cfg.steps), "stage II", initial=first + cfg.aux_warmup, total=cfg.steps + cfg.aux_warmup,
                disable=rank > 0, dynamic_ncols=True)
     for step in bar:
         active, head_trains = set(cfg.streams), "gan" in cfg.streams     # the head also while DMD leads, in sequence
         if cfg.order == "sequential":
             active = {"dmd"} if step < cfg.steps // 2 else {"gan"}
-        gan = "gan" in active
+        gan, values = "gan" in active, {}
 
         # 1) auxiliary updates: the fake score follows the student (L_Diff), the head tells it from HR (L_D)
-        for k in range(cfg.aux_per_student if step >= 0 else 1):
+        for k in range((cfg.aux_per_student if step >= 0 else 1) if scored(cfg) else 0):
             opt_fake.zero_grad(), opt_head.zero_grad()
             for part in range(rank, parts, world):
                 z_hr, z_lr, eps = begin(step, k, part)
@@ -301,11 +311,13 @@ def main(cfg):
             norm_fake = common.clip_and_step(opt_fake, fake, cfg.clip_norm)
             if head_trains:
                 common.clip_and_step(opt_head, head, cfg.clip_norm)
+            values = dict(diff=loss_diff, d=loss_d, grad_norm_fake=norm_fake)
         if step < 0:
             bar.set_postfix_str(f"warm-up: diff {loss_diff.item():.3g} d {loss_d.item():.3g}")
             continue
 
         # 2) student update: L = w_dmd L_DMD + w_gan L_G + w_fm L_FM, all on one noised student sample
+        #    (and w_mse |z_0 - z_0^HR|^2, if stream mse was asked for)
         fake.requires_grad_(False), head.requires_grad_(False)          # they pass gradient on to z_0 but take none
         opt_student.zero_grad()
         done = step + 1
@@ -315,20 +327,23 @@ def main(cfg):
             with common.accumulating(part + world >= parts, student_ddp):
                 with autocast:
                     z_0 = M.one_step(student_ddp, eps, z_lr)
-                t, eps = noise(z_0, part)
-                z_t = M.add_noise(z_0, eps, t)
-                with torch.set_grad_enabled(gan and real in readers):   # DMD alone needs no gradient through them
-                    v_real, f_real = score(real, z_t, t, z_lr)
-                with torch.set_grad_enabled(gan and fake in readers):
-                    v_fake, f_fake = score(fake, z_t, t, z_lr)
                 losses = {}
-                with torch.no_grad():
-                    if cfg.real_score == "teacher":
-                        with autocast:
-                            v_null = real(z_t, t, z_lr, M.prompt(z_t, M.AGAINST)).float()
-                        v_real = M.guide(v_real, v_null, cfg.real_w)
-                    x_real, x_fake = M.to_x0(z_t, v_real, t), M.to_x0(z_t, v_fake, t)
-                    g, keep = dmd_gradient(z_0, x_real, x_fake)
+                if "mse" in active:
+                    losses["mse"] = cfg.w_mse * F.mse_loss(z_0, z_hr)
+                if scored(cfg):
+                    t, eps = noise(z_0, part)
+                    z_t = M.add_noise(z_0, eps, t)
+                    with torch.set_grad_enabled(gan and real in readers):   # DMD alone needs no gradient through them
+                        v_real, f_real = score(real, z_t, t, z_lr)
+                    with torch.set_grad_enabled(gan and fake in readers):
+                        v_fake, f_fake = score(fake, z_t, t, z_lr)
+                    with torch.no_grad():
+                        if cfg.real_score == "teacher":
+                            with autocast:
+                                v_null = real(z_t, t, z_lr, M.prompt(z_t, M.AGAINST)).float()
+                            v_real = M.guide(v_real, v_null, cfg.real_w)
+                        x_real, x_fake = M.to_x0(z_t, v_real, t), M.to_x0(z_t, v_fake, t)
+                        g, keep = dmd_gradient(z_0, x_real, x_fake)
                 if "dmd" in active:
                     losses["dmd"] = cfg.w_dmd * dmd_loss(z_0, g, keep, cfg.dmd_half)
                 if gan:
@@ -347,13 +362,15 @@ def main(cfg):
         # 3) log, save, panel
         if logs:
             z_0 = z_0.detach()
-            direction = x_fake - x_real
-            values = dict(diff=loss_diff, d=loss_d, skipped=1 - keep.mean(), grad_norm=norm, grad_norm_fake=norm_fake,
-                          g_mean=g.abs().mean(), g_want=direction.abs().mean() / (z_0 - x_real).abs().mean(),
-                          g_cosine=cosine(g, direction),                # of an edited dmd_gradient these two may differ
-                          lag=F.mse_loss(v_fake, eps - z_0) / F.mse_loss(v_real, eps - z_0),
-                          detail=detail(z_0, z_lr, z_hr), detail_real=detail(x_real, z_lr, z_hr), **losses,
-                          **{f"pull_{k}": v.norm() for k, v in pull.items()})
+            values |= dict(grad_norm=norm, detail=detail(z_0, z_lr, z_hr), **losses,
+                           **{f"pull_{k}": v.norm() for k, v in pull.items()})
+            if scored(cfg):
+                direction = x_fake - x_real
+                values |= dict(skipped=1 - keep.mean(), g_mean=g.abs().mean(),
+                               # what g should be, should dmd_gradient have been edited
+                               g_want=direction.abs().mean() / (z_0 - x_real).abs().mean(), g_cosine=cosine(g, direction),
+                               lag=F.mse_loss(v_fake, eps - z_0) / F.mse_loss(v_real, eps - z_0),
+                               detail_real=detail(x_real, z_lr, z_hr))
             if {"dmd", "gan"} <= set(pull):
                 values["dmd_gan_cosine"] = cosine(pull["dmd"], pull["gan"])
             values = {k: common.mean(v) for k, v in values.items()}
@@ -386,6 +403,8 @@ def verdicts(out_dir, offsets=()):
     if "pull_gan" in lines[-1]:                                         # in sequence: since the head has led
         lines = [line for line in lines if "pull_gan" in line]
     last = {k: sum(line.get(k, 0) for line in lines) / len(lines) for k in lines[-1]}
+    if "g_mean" not in last:                                            # regression alone
+        return [f"mean squared error {last['mse']:.3g}: regression alone, without score models"]
     words = [f"mean |g| of DMD {last['g_mean']:.2f}: " + ("healthy" if 0.1 < last["g_mean"] < 3 else
              "the fake score equals the real one" if last["g_mean"] <= 0.1 else "spikes; lower lr")]
     if last["g_cosine"] < 0:
@@ -398,6 +417,8 @@ def verdicts(out_dir, offsets=()):
         words.append("the fake score knows the student no better than the real one: raise aux_per_student or lr_fake")
     if last["detail"] < BLURRED:
         words.append(f"the student adds {last['detail']:.0%} of HR's detail: a mean, not a sample; was stage I run?")
+    if last["detail"] > GRAINY:
+        words.append(f"the student adds {last['detail']:.0%} of HR's detail: grain; lower cfg_w of stage I, or train longer")
     if last["detail_real"] < BLURRED:
         words.append(f"the real score's x0 has {last['detail_real']:.0%} of HR's detail: blurred; lower t_max")
     if "pull_gan" in last:

@@ -294,7 +294,7 @@ def test_the_loop_feeds_its_losses(chain, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("changes", [dict(order="sequential"), dict(features="real"), dict(features="fake"),
                                      dict(real_score="teacher"), dict(fm_norm="l1", pooled=True),
-                                     dict(gan_same_noise=False, dmd_half=False)])
+                                     dict(gan_same_noise=False, dmd_half=False), dict(init="cfg")])
 def test_stage2_options_run(chain, tmp_path, changes):
     cfg = fork(chain, stage2, tmp_path, ["stage0", "stage1"], steps=2, **changes)
     stage2.main(cfg)
@@ -302,6 +302,38 @@ def test_stage2_options_run(chain, tmp_path, changes):
     assert len(lines) == 2 and all(math.isfinite(v) for line in lines for v in line.values())
     if changes.get("order"):
         assert "dmd" in lines[0] and "gan" not in lines[0] and "gan" in lines[1] and "dmd" not in lines[1]
+
+
+def test_regression_has_the_gradient_of_the_mean_squared_error(chain, tmp_path, monkeypatch):
+    """streams mse: the student's first gradient is w d/dw mean (z_0 - z_0^HR)^2; fake score and head stay as made."""
+    cfg = fork(chain, stage2, tmp_path, ["stage0", "stage1"], steps=2, streams=("mse",), w_mse=3.0, clip_norm=1e9)
+    pairs, noises, found, run, one = [], [], [], data.random_run, M.one_step
+    monkeypatch.setattr(data, "random_run", lambda *args: pairs.append(run(*args)) or pairs[-1])
+    monkeypatch.setattr(M, "one_step", lambda net, eps, z_lr: (noises.append(eps), one(net, eps, z_lr))[1])
+    update = common.ema_update
+
+    def at_update(average, net, decay):
+        found.append([p.grad.clone() for p in net.parameters()])
+        return update(average, net, decay)
+    monkeypatch.setattr(common, "ema_update", at_update)
+    stage2.main(cfg)
+    student = M.load_checkpoint(f"{cfg.out}/stage1/last.pt", "student")[0].requires_grad_(True)
+    z_hr, z_lr = pairs[0]                                       # without score models there is no warm-up before it
+    error = student(noises[0], torch.ones(len(z_lr)), z_lr, M.prompt(z_lr)) - (noises[0] - z_hr)    # v - v of HR
+    (3.0 * error.square().sum() / error.numel()).backward()
+    assert sum(g.abs().sum() for g in found[0]) > 0
+    for g, p in zip(found[0], student.parameters(), strict=True):
+        torch.testing.assert_close(g, torch.zeros_like(p) if p.grad is None else p.grad, rtol=1e-4, atol=1e-6)
+    state, lines = checkpoint(cfg, "stage2"), common.read_log(f"{cfg.out}/stage2")
+    assert not moved(checkpoint(cfg, "stage1")["cfg"], state["fake"]) and not state["opt_head"]["state"]
+    assert lines[0]["mse"] == pytest.approx(3 * error.square().mean().item(), rel=1e-4) and "diff" not in lines[0]
+
+
+def test_without_stage1_the_student_starts_from_the_cfg_distilled_model(chain, tmp_path):
+    cfg = fork(chain, stage2, tmp_path, ["stage0", "stage1"], steps=1, lr=0.0, init="cfg")
+    stage2.main(cfg)
+    first, state = checkpoint(cfg, "stage1"), checkpoint(cfg, "stage2")
+    assert not moved(first["cfg"], state["net"]) and moved(first["student"], state["net"])
 
 
 def test_dpo_starts_at_ln_2_and_pairs_are_reused(chain, tmp_path, monkeypatch):         # T16
@@ -502,7 +534,8 @@ def enough(*args):
 
 
 STAGE2_ARMS = [dict(), dict(features="real"), dict(features="fake"), dict(streams=("dmd",)), dict(streams=("gan",)),
-               dict(real_score="teacher"), dict(aux_per_student=1), dict(accumulate=2)]
+               dict(real_score="teacher"), dict(aux_per_student=1), dict(accumulate=2), dict(streams=("mse",)),
+               dict(streams=("mse",), real_score="teacher"), dict(streams=("mse", "gan")), dict(init="cfg")]
 
 
 @pytest.mark.parametrize("changes", STAGE2_ARMS)
@@ -517,7 +550,7 @@ def test_stage2_makes_the_passes_it_announces(chain, tmp_path, monkeypatch, chan
     want = {name: list(numbers) for name, (_, *numbers) in stage2.passes(cfg).items() if any(numbers)}
     assert sorted([n // cfg.batch for n in c] for c in counts.values()) == sorted(want.values())
     total = sum(a + 2 * i + 3 * f for a, i, f in want.values())
-    assert total == {0: 30}.get(len(changes), total)
+    assert total == {0: 30}.get(len(changes), 3 if changes.get("streams") == ("mse",) else total)
 
 
 @pytest.mark.parametrize("stage, changes", [
