@@ -18,6 +18,7 @@ Only for comparison (ablate.py): regression in place of the streams, and a stude
 """
 import json
 import math
+import statistics
 from copy import deepcopy
 from dataclasses import dataclass
 
@@ -143,16 +144,16 @@ def detail(z, z_lr, z_hr):
 
 @torch.no_grad()
 def spatial_offsets(predict, z_0, z_hr, vae, eps, times=(0.2, 0.5, 0.8)):
-    """How far the real score's clean estimates lie from HR, px: [{"t", "student", "hr"}], from the noised student's
-    sample and from noised HR. predict: (z_t, t) -> x_0. Where the first is larger the real score misleads (Fig. 2)."""
+    """How far the real score's clean estimates lie from HR, px, median over clips: [{"t", "student", "hr"}], from the
+    noised student's sample and from noised HR. predict: (z_t, t) -> x_0. Where the first is larger the real score misleads (Fig. 2)."""
     truth, rows = [data.to_uint8(v) for v in vae.decode(z_hr)], []
     for time in times:
         t, row = torch.full((len(z_hr),), time, device=z_hr.device), {"t": time}
         for name, z in (("student", z_0), ("hr", z_hr)):
             videos = vae.decode(predict(M.add_noise(z, eps, t), t))
             offsets = [math.hypot(*metrics.shift(data.to_uint8(v), hr)) for v, hr in zip(videos, truth, strict=True)]
-            offsets = [x for x in offsets if math.isfinite(x)]          # a crop without texture has none
-            row[name] = round(sum(offsets) / max(1, len(offsets)), 3)
+            offsets = [x for x in offsets if math.isfinite(x)] or [0.0]     # a crop without texture has none
+            row[name] = round(statistics.median(offsets), 3)            # nor one whose texture is another: an outlier
         rows.append(row)
     return rows
 
@@ -368,8 +369,9 @@ def main(cfg):
                 direction = x_fake - x_real
                 values |= dict(skipped=1 - keep.mean(), g_mean=g.abs().mean(),
                                # what g should be, should dmd_gradient have been edited
-                               g_want=direction.abs().mean() / (z_0 - x_real).abs().mean(), g_cosine=cosine(g, direction),
-                               lag=F.mse_loss(v_fake, eps - z_0) / F.mse_loss(v_real, eps - z_0),
+                               g_want=direction.abs().mean() / (z_0 - x_real).abs().mean(),
+                               g_cosine=cosine(g, direction),
+                               lag=(v_fake - (eps - z_0)).square().mean() / (v_real - (eps - z_0)).square().mean(),
                                detail_real=detail(x_real, z_lr, z_hr))
             if {"dmd", "gan"} <= set(pull):
                 values["dmd_gan_cosine"] = cosine(pull["dmd"], pull["gan"])
@@ -418,17 +420,17 @@ def verdicts(out_dir, offsets=()):
     if last["detail"] < BLURRED:
         words.append(f"the student adds {last['detail']:.0%} of HR's detail: a mean, not a sample; was stage I run?")
     if last["detail"] > GRAINY:
-        words.append(f"the student adds {last['detail']:.0%} of HR's detail: grain; lower cfg_w of stage I, or train longer")
+        words.append(f"the student adds {last['detail']:.0%} of HR's detail: grain; train longer, or lower cfg_w")
     if last["detail_real"] < BLURRED:
         words.append(f"the real score's x0 has {last['detail_real']:.0%} of HR's detail: blurred; lower t_max")
-    if "pull_gan" in last:
+    if "pull_gan" in last and "d" in last:                              # without auxiliary updates there is no d
         words.append(f"hinge L_D {last['d']:.2f}: " + ("the head has won; lower lr_head" if last["d"] < 0.3 else
                      "the head has not learnt yet" if last["d"] > 1.95 else "healthy"))
         if last["pull_gan"] == 0 and last["d"] != 2:                    # at first the head is 0, and L_D exactly 2
             words.append("L_G does not reach the student: are the features detached?")
         if "pull_dmd" in last and last["pull_gan"] > last["pull_dmd"]:
             words.append("the GAN pulls harder than DMD: halve w_gan")
-    diffs = [line["diff"] for line in lines]
+    diffs = [line["diff"] for line in lines if "diff" in line]
     early, late = (sum(x) / max(1, len(x)) for x in (diffs[:len(diffs) // 2], diffs[len(diffs) // 2:]))
     if len(diffs) >= 10 and late > 1.3 * early:
         words.append("the fake score lags behind the student: raise aux_per_student or lr_fake")

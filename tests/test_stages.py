@@ -256,7 +256,7 @@ def test_streams_share_one_noised_sample_and_the_pair_its_noise(chain, tmp_path,
     monkeypatch.setattr(M, "one_step", spied_one)
     stage2.main(cfg)
     updates = cfg.aux_warmup + 4 * cfg.steps
-    assert len(noised) == 2 * updates + 1 and len(made) == updates + 1      # the last is the panel's
+    assert len(noised) == 2 * updates + 7 and len(made) == updates + 1      # the last ones are the panel's
     noised, made = noised[:-1], made[:-1]
     for k, (first, second) in enumerate(zip(noised[::2], noised[1::2], strict=True)):
         assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
