@@ -145,7 +145,8 @@ def detail(z, z_lr, z_hr):
 @torch.no_grad()
 def spatial_offsets(predict, z_0, z_hr, vae, eps, times=(0.2, 0.5, 0.8)):
     """How far the real score's clean estimates lie from HR, px, median over clips: [{"t", "student", "hr"}], from the
-    noised student's sample and from noised HR. predict: (z_t, t) -> x_0. Where the first is larger the real score misleads (Fig. 2)."""
+    noised student's sample and from noised HR. predict: (z_t, t) -> x_0. Where the first is larger the
+    real score misleads (the paper's Fig. 2)."""
     truth, rows = [data.to_uint8(v) for v in vae.decode(z_hr)], []
     for time in times:
         t, row = torch.full((len(z_hr),), time, device=z_hr.device), {"t": time}
