@@ -1,7 +1,7 @@
 """Run the arms of one ablation from the same stage I checkpoint, over several seeds, and say which arm beats which.
 
     python ablate.py streams                                    # or stages, features, ratio, init, dpo
-    python ablate.py streams --seeds 1 --steps 2 --max_clips 1 --out out/look         # all of it in little first
+    python ablate.py streams --seeds 1 --steps 2 --max_clips 1 --out out/look         # all in little; its own stage I
     python ablate.py streams --resume                           # after Ctrl-C or a crash; also: only the tables again
 
 Every arm is a call of the stages' own main: the same clips, noise seed, later stages and number of student updates;
@@ -12,7 +12,8 @@ Writes  <out>/ablate/NAME/: table.md; results.json (numbers per arm, seed and cl
         a picture per clip (LR, arms, HR; seed 0); clips/, the outputs, lossless; a run folder ARM-seedK/ for each arm.
 
 Differs from the paper: the joint row of its streams is its I + II + III row, and whether its other rows had stage III
-is not said; here all arms go through it alike, or with --no-stage3 none. Regression is DOVE's, no row of the paper.
+is not said; here all arms go through it alike, or with --no-stage3 none. Regression is DOVE's, no row of the paper. Its
+row of stages I + III, without II, is not run.
 """
 import json
 import math
@@ -210,10 +211,11 @@ def forward_seconds(path, cfg, device):
     return min(seconds)
 
 
-def minutes(todo, calls, clips, base, pace, forward):
-    """Minutes that an arm will take. todo: {stage: Config} still to be trained; calls: of the network, for each clip;
-    base: Config whose model and batch `forward` was measured with; pace: as in train."""
-    seconds = sum(work(n, cfg) * pace.get(n, forward) for n, cfg in todo.items())
+def minutes(todo, key, calls, clips, base, pace, forward):
+    """Minutes that an arm will take: by its own pace with an earlier seed, or the last arm's, or the bare forward's.
+    todo: {stage: Config} still to be trained; calls: of the network, for each clip; base: Config whose model and batch
+    `forward` was measured with; pace: as in train."""
+    seconds = sum(work(n, cfg) * pace.get((n, key), pace.get(n, forward)) for n, cfg in todo.items())
     seen = sum(tiles(base.model, *clip["hr"].shape[:3]) for clip in clips)
     return (seconds + calls * seen / base.batch * forward + pace.get("score", 0)) / 60
 
@@ -270,14 +272,14 @@ def prepare(args, folder, arms, key, seed):
     return run, cfgs
 
 
-def train(run, todo, pace):
-    """Call main of the stages that are not finished. pace: {stage: seconds of a forward with all that goes on around
-    it}, measured here for the arms to come."""
+def train(run, todo, key, pace):
+    """Call main of the stages that are not finished. pace: {stage, or (stage, arm): seconds of a forward with all that
+    goes on around it}, measured here for the arms to come."""
     for n, cfg in todo.items():
         whole, start = not os.path.exists(f"{run}/stage{n}/last.pt"), time.perf_counter()
         STAGES[n].main(cfg)
         if whole:                                               # of a half-done stage the time says little
-            pace[n] = (time.perf_counter() - start) / work(n, cfg)
+            pace[n] = pace[n, key] = (time.perf_counter() - start) / work(n, cfg)
 
 
 def measure(cfg, clips, folder, run, key, arm, seed, pace, device):
@@ -422,8 +424,8 @@ def main(argv=None):
                 calls = {"teacher50": args.teacher_steps, "teacher1": 1}.get(arm.row, 0) * (2 if cfg.cfg_w else 1) or 1
                 known = "" if set(todo) <= set(pace) else ", at least: what surrounds the network is not measured yet"
                 print(f"{args.name}, seed {seed}, {arm.title}: about "
-                      f"{minutes(todo, calls, clips, base, pace, forward):.1f} minutes{known}", flush=True)
-            train(run, todo, pace)
+                      f"{minutes(todo, key, calls, clips, base, pace, forward):.1f} minutes{known}", flush=True)
+            train(run, todo, key, pace)
             found = measure(cfg, clips, folder, run, key, arm, seed, pace, device)
             numbers[key][seed], frames, rows[f"{key}, seed {seed}"] = found
             about[key] = about.get(key) or {f"stage{n}": asdict(c) for n, c in cfgs.items()}

@@ -257,6 +257,8 @@ def test_work_counts_the_passes_of_a_run():
     assert ablate.work(3, stage3.Config(model="small")) == 2 * 40 * 4 + 16 * 4 * 18 / 4
     clips = [{"hr": np.zeros((9, 256, 256, 3), np.uint8)}] * 2          # 3 latent frames
     base, todo = stage2.Config(model="small"), {2: stage2.Config()}
-    assert ablate.minutes(todo, 4, clips, base, {2: 0.5, "score": 60}, 0.1) == pytest.approx(
-        (1410 * 0.5 + 4 * 18 / 4 * 0.1 + 60) / 60)
-    assert ablate.minutes(todo, 0, clips, base, {}, 0.1) == pytest.approx(1410 * 0.1 / 60)
+    pace = {2: 0.5, (2, "x"): 0.3, "score": 60}
+    for key, seconds in (("x", 0.3), ("y", 0.5)):               # its own pace goes before the last arm's
+        assert ablate.minutes(todo, key, 4, clips, base, pace, 0.1) == pytest.approx(
+            (1410 * seconds + 4 * 18 / 4 * 0.1 + 60) / 60)
+    assert ablate.minutes(todo, "x", 0, clips, base, {}, 0.1) == pytest.approx(1410 * 0.1 / 60)
