@@ -207,8 +207,9 @@ def stage2(preset, device, repeats, rate):
 
     def work(part):
         def generate(z_lr):
+            eps = latents()
             with part("student, forward"), bf16(device):
-                return M.one_step(student, latents(), z_lr)
+                return M.one_step(student, eps, z_lr)
 
         def score(net, z_t, t, z_lr):
             with part("real score, forward" if net is real else "fake score, forward"), bf16(device):

@@ -80,7 +80,7 @@ def keep_memory():
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt:                                                         # macOS and musl have none
         mallopt(M_TRIM_THRESHOLD, 2 ** 31 - 1)
-        mallopt(M_MMAP_THRESHOLD, 2 ** 30)
+        mallopt(M_MMAP_THRESHOLD, 2 ** 30) or mallopt(M_MMAP_THRESHOLD, 2 ** 25)        # glibc < 2.35: up to 32 MB
 
 
 def cleanup():
@@ -173,9 +173,9 @@ def continue_from(path, cfg, parts):
     """
     if not cfg.resume or not os.path.exists(path):
         return 0
-    state = torch.load(path, map_location="cpu", weights_only=True)     # cpu: else all ranks share GPU 0
-    free = {"resume", "steps", "log_every", "save_every", "out", "data"}
-    changed = [k for k, v in asdict(cfg).items() if k not in free and state["config"].get(k) != v]
+    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # cpu: else all ranks share GPU 0
+    free = {"resume", "steps", "log_every", "save_every", "out", "data", "latents", "checkpointing", "compile"}
+    changed = [k for k, v in asdict(cfg).items() if k not in free and state["config"].get(k, v) != v]
     if changed:
         raise SystemExit(f"{path}: made with another {', '.join(changed)}; set it back, or name another --out")
     for name, part in parts.items():
@@ -195,6 +195,8 @@ def start_run(out_dir, cfg):
     last = f"{out_dir}/last.pt"
     if min(cfg.log_every, cfg.save_every) < 1:
         raise SystemExit("log_every and save_every: at least 1")
+    if min(cfg.batch, cfg.accumulate) < 1:
+        raise SystemExit("batch and accumulate: at least 1")
     if os.path.exists(last) and not cfg.resume:
         raise SystemExit(f"{last} exists: add --resume to continue it, or name another --out")
     os.makedirs(out_dir, exist_ok=True)

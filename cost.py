@@ -80,6 +80,6 @@ def report(title, cfg, passes, clips=1):
     print(f"{'activations':15s}{'with' if again else 'without':>12s} checkpointing, {len(graphs)} graphs at once"
           f"{kept / 1e9:26.1f}")
     print(f"{'total':15s}{'':33s}{total['forwards']:11d}{total['flops'] / 1e15:9.3f}{total['bytes'] / 1e9:7.1f}\n")
-    print("Not counted: the discriminator head, the CUDA context (1 GB), fragments (5 to 10 %), and making the clips: "
-          "cache them with data.py prepare --latents.")
+    print("Not counted: the discriminator head, the CUDA context (1 GB), fragments (5 to 10 %), the video code in the "
+          "panels, and making the clips: cache them with data.py prepare --latents.")
     return total

@@ -563,7 +563,7 @@ def training_bank(cfg, rank, latents=""):
     """
     clip = CLIPS[cfg.model]
     if latents:
-        return LatentBank(latents, cfg.model), clip
+        return LatentBank(latents, cfg.model, cfg.seed), clip
     clips = Clips(cfg.data, clip["frames"], clip["size"], clip["strength"], cfg.seed)
     cache = Path(cfg.out).parent / "cache"
     if rank > 0:
@@ -620,23 +620,29 @@ class LatentBank:
     code, the shape and how many rows are done.
     """
 
-    def __init__(self, path, model):
+    def __init__(self, path, model, seed=0):
         self.about = read_latents_about(path)
         if self.about["model"] != model:
             raise SystemExit(f"{path}: latents for the model {self.about['model']}, not {model}")
         if self.about["done"] < self.about["count"]:
             raise SystemExit(f"{path}: {self.about['done']} of {self.about['count']} clips; the command that made it "
                              "goes on where it stopped")
-        self.rows = np.memmap(path, np.float16, "r", shape=(self.about["count"], *self.about["shape"]))
+        self.seed, self.checked = seed, None
+        try:
+            self.rows = np.memmap(path, np.float16, "r", shape=(self.about["count"], *self.about["shape"]))
+        except (OSError, ValueError) as error:
+            raise SystemExit(f"{path}: missing or cut short ({error}); make it again with data.py prepare "
+                             "--latents") from None
 
     def __len__(self):
         return len(self.rows)
 
     def latents(self, vae, first, count, device, soft=None, u=None):
         """(z_hr, z_lr) of items first..first+count-1 of an endless stream; each clip once per epoch, in a new order."""
-        if fingerprint(vae) != self.about["vae_id"]:
+        if vae is not self.checked and fingerprint(vae) != self.about["vae_id"]:        # once: it reads all weights
             raise SystemExit("the latents were made with another video code than the checkpoint's: prepare them again")
-        rows = [np.random.default_rng([0, epoch]).permutation(len(self))[k]
+        self.checked = vae
+        rows = [np.random.default_rng([self.seed, epoch]).permutation(len(self))[k]
                 for epoch, k in (divmod(i, len(self)) for i in range(first, first + count))]
         z_hr, z_lr, z_soft = (torch.from_numpy(self.rows[rows, k].astype(np.float32)).to(device) for k in range(3))
         if soft is not None:
@@ -658,7 +664,8 @@ def open_vae(model, path):
 def read_latents_about(path):
     """The dict beside a file of latents: model, shape, count, done, vae (its state dict), vae_id, source."""
     try:
-        return torch.load(f"{path}.pt", map_location="cpu", weights_only=True)
+        about = torch.load(f"{path}.pt", map_location="cpu", weights_only=True)
+        return {k: about[k] for k in ("model", "shape", "count", "done", "vae", "vae_id", "source")}
     except Exception as error:
         raise SystemExit(f"{path}.pt: not readable ({type(error).__name__}); make latents with data.py prepare "
                          "--latents") from None
@@ -677,8 +684,15 @@ def prepare_latents(path, folder, model, vae, count, seed=0, device="cpu", save_
         if any(before[k] != about[k] for k in ("model", "shape", "count", "vae_id", "source")):
             raise SystemExit(f"{path}: made with other settings or another video code; name another file")
         about = before
+    elif Path(path).exists():
+        raise SystemExit(f"{path} exists and is no file of latents: name another")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    rows = np.memmap(path, np.float16, "r+" if about["done"] else "w+", shape=(count, *about["shape"]))
+
+    def note():
+        torch.save(about, f"{path}.pt.tmp")
+        os.replace(f"{path}.pt.tmp", f"{path}.pt")
+    note()
+    rows = np.memmap(path, np.float16, "r+" if Path(path).exists() else "w+", shape=(count, *about["shape"]))
     for i in tqdm(range(about["done"], count), f"latents of {folder}", initial=about["done"], total=count):
         rng = np.random.default_rng([seed, i])
         y, x = rng.integers(0, (clip["size"] - clip["crop"]) // SCALE + 1, 2)
@@ -691,8 +705,7 @@ def prepare_latents(path, folder, model, vae, count, seed=0, device="cpu", save_
         if (i + 1) % save_every == 0 or i + 1 == count:
             rows.flush()
             about["done"] = i + 1
-            torch.save(about, f"{path}.pt.tmp")
-            os.replace(f"{path}.pt.tmp", f"{path}.pt")
+            note()
 
 
 # ---------------------------------------------------------------------------------------------- prepare
@@ -802,6 +815,8 @@ def main(argv=None):
     if args.command == "prepare" and args.latents:
         if not args.vae:
             parser.error("--latents needs --vae: the video code that encodes")
+        if args.device != "cpu" and not torch.cuda.is_available():
+            parser.error(f"--device {args.device}: not available")
         prepare_latents(args.latents, args.data, args.model, open_vae(args.model, args.vae).to(args.device), args.clips,
                         device=args.device)
     elif args.command == "prepare":

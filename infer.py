@@ -328,7 +328,8 @@ def main(argv=None):
     except (RuntimeError, MemoryError) as error:
         if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "allocate memory" not in str(error):
             raise
-        smaller = max(32, (args.tile or 96) // 2)
+        tile = args.tile or data.CLIPS[M.read_checkpoint(args.ckpt)["config"]["model"]]["crop"]
+        smaller = max(32, tile // 2)
         raise SystemExit(f"out of memory: try --tile {smaller} --chunk {max(5, args.chunk // 8 * 4 + 1)}") from None
     if failed:
         raise SystemExit(f"{failed} of {len(todo)} files were not upscaled")

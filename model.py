@@ -526,6 +526,7 @@ class WanVAE(nn.Module):
         self.code = AutoencoderKLWan(**config).requires_grad_(False)
         for p in self.code.parameters():                                # 5 axes: the weight of a 3D convolution
             p.data = p.data.to(dtype, memory_format=torch.channels_last_3d if p.ndim == 5 else torch.preserve_format)
+        self.code.enable_slicing()                                      # one clip after another: a panel has four
         if tiling:
             self.code.enable_tiling()
 
@@ -568,7 +569,7 @@ def read_checkpoint(path):
     if not os.path.isfile(path):
         raise SystemExit(f"{path}: no such checkpoint; run the stage that writes it, or name another file")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)      # ranks share what is read
         state["config"]["model"], state["stage"], state["vae"], state["total"]
     except Exception as error:
         reason = "no file of torch.save" if isinstance(error, pickle.UnpicklingError) else \

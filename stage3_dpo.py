@@ -186,8 +186,8 @@ def show_pairs(path, pairs, vae, device):
 
 def check(cfg):
     common.check_choices(cfg, model=tuple(M.MODELS), dpo_t=("one", "uniform"), beta_mode=("constant", "flow"))
-    if cfg.candidates < 2 or cfg.pairs < 1 or cfg.alpha <= 0:
-        raise SystemExit("candidates: at least 2; pairs: at least 1; alpha: above 0")
+    if cfg.candidates < 2 or cfg.pairs < 1 or cfg.alpha <= 0 or cfg.lora < 0:
+        raise SystemExit("candidates: at least 2; pairs: at least 1; alpha: above 0; lora: 0 or more")
 
 
 def main(cfg):
@@ -215,9 +215,10 @@ def main(cfg):
     saved = dict(vae=vae, optimiser=optimiser) | ({"lora": student.lora} if cfg.lora else {"student": student})
 
     # the pairs, made once by rank 0; a file made from the same student with the same settings is used again
-    stamp = repr([data.sha256(source), cfg.pairs, cfg.candidates, cfg.scorer, cfg.margin, cfg.seed, cfg.data,
-                  cfg.clips])
-    path = f"{out_dir}/pairs.pt"
+    path, stamp = f"{out_dir}/pairs.pt", None
+    if rank == 0:
+        stamp = repr([data.sha256(source), cfg.pairs, cfg.candidates, cfg.scorer, cfg.margin, cfg.seed, cfg.data,
+                      cfg.clips])
     if rank == 0 and not (os.path.exists(path) and torch.load(path, weights_only=True)["stamp"] == stamp):
         pairs, records = make_pairs(reference, vae, bank, clip, cfg, make_scorer(cfg.scorer), device)
         with open(f"{out_dir}/pairs.json", "w") as f:

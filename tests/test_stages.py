@@ -257,6 +257,7 @@ def test_streams_share_one_noised_sample_and_the_pair_its_noise(chain, tmp_path,
     stage2.main(cfg)
     updates = cfg.aux_warmup + 4 * cfg.steps
     assert len(noised) == 2 * updates + 7 and len(made) == updates + 1      # the last ones are the panel's
+    assert not any(torch.equal(eps, made[-1]) for eps, _ in noised[-6:])    # offsets: not by the noise of the sample
     noised, made = noised[:-7], made[:-1]
     for k, (first, second) in enumerate(zip(noised[::2], noised[1::2], strict=True)):
         assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
@@ -664,6 +665,34 @@ def test_stages_train_on_cached_latents(chain, tmp_path, footage, capsys):
         data.prepare_latents(path, footage, "tiny", other, 5)
     with pytest.raises(SystemExit, match="not readable"):
         data.LatentBank(str(tmp_path / "nothing.bin"), "tiny")
+    (tmp_path / "film.mkv").write_bytes(b"film")
+    with pytest.raises(SystemExit, match="is no file of latents"):
+        data.prepare_latents(str(tmp_path / "film.mkv"), footage, "tiny", vae, 5)
+    os.truncate(path, 100)
+    with pytest.raises(SystemExit, match="cut short"):
+        data.LatentBank(path, "tiny")
+    torch.save({"a": 1}, f"{path}.pt")
+    with pytest.raises(SystemExit, match="not readable"):
+        data.LatentBank(path, "tiny")
+
+
+@pytest.mark.parametrize("stage", [stage0, stage1, stage2, stage3])
+def test_a_step_of_no_passes_is_refused(chain, tmp_path, stage):
+    cfg = fork(chain, stage, tmp_path, [], accumulate=0)
+    with pytest.raises(SystemExit, match="accumulate: at least 1"):
+        stage.main(cfg)
+
+
+def test_checkpointing_may_change_on_resume(chain, tmp_path):
+    """It changes no number, and is what one turns on after running out of memory."""
+    cfg = fork(chain, stage2, tmp_path, ["stage0", "stage1"], steps=2)
+    stage2.main(cfg)
+    cfg.steps, cfg.resume, cfg.checkpointing = 4, True, True
+    stage2.main(cfg)
+    assert_equal(checkpoint(chain[stage2], "stage2")["net"], checkpoint(cfg, "stage2")["net"])
+    cfg.w_gan = 0.3
+    with pytest.raises(SystemExit, match="another w_gan"):
+        stage2.main(cfg)
 
 
 # ----------------------------------------------------------------------------
