@@ -1,5 +1,5 @@
 # make demo    stages I to III, shortened, from the teacher that ships, one clip upscaled, all measured (10 min, 2 cores)
-# make test    lint and every test (3 min, 2 cores)
+# make test    lint and every test (5 min, 2 cores)
 # make clean   remove what the demo wrote
 
 PYTHON ?= python3
