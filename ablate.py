@@ -177,7 +177,7 @@ def spread(numbers):
 
 def tiles(model, frames, height, width):
     """How many tiles of training size a network sees of a clip of so many pixels, as infer.load cuts it."""
-    clip, stride = data.CLIPS[model], (M.PatchVAE if M.MODELS[model]["learned"] else M.WanVAE).stride
+    clip, stride = data.CLIPS[model], M.vae_class(model).stride
     side = clip["crop"] // stride
     share = min(4, side // 4 * 2)
     sizes = (frames - 1) // 4 + 1, height // stride, width // stride

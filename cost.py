@@ -48,13 +48,12 @@ def report(title, cfg, passes, clips=1):
     """Print the table and return {"forwards", "flops", "bytes"} of a step. passes: {network: (how it is kept, passes
     forward alone, with input gradient, full)}; clips: how many samples a pass takes for each of cfg.batch."""
     row, clip = M.MODELS[cfg.model], data.CLIPS[cfg.model]
-    side = clip["crop"] // (M.PatchVAE if row["learned"] else M.WanVAE).stride
+    side = clip["crop"] // M.vae_class(cfg.model).stride
     tokens = clip["window"] * side * side // 4
     with torch.device("meta"):
-        count = sum(p.numel() for p in M.build(cfg.model).parameters())
-        adapters = 0
+        net = M.build(cfg.model)
+        count, adapters = sum(p.numel() for p in net.parameters()), 0
         if any(kept == "adapted" for kept, *_ in passes.values()):
-            net = M.build(cfg.model)
             adapters = sum(p.numel() for p in M.LoRA(net, cfg.lora).parameters())
     forward, a = forward_flops(cfg.model, (16, clip["window"], side, side))
     again, samples = int(cfg.checkpointing), cfg.batch * clips

@@ -470,6 +470,18 @@ class Clips:
         return hr, degrade(hr / np.float32(255), rng, self.strength)
 
 
+def shuffled(seed, n, epoch):
+    """The order of n clips in an epoch."""
+    return np.random.default_rng([seed, epoch]).permutation(n)
+
+
+def cut(rng, clip, crop):
+    """The same random square of HR and LR, (F, crop, crop, 3) and (F, crop/4, crop/4, 3)."""
+    y, x = rng.integers(0, (clip[0].shape[1] - crop) // SCALE + 1, 2)                 # in LR pixels
+    sides = ((k, crop * k // SCALE) for k in (SCALE, 1))
+    return [v[:, k * y:k * y + side, k * x:k * x + side] for v, (k, side) in zip(clip, sides, strict=True)]
+
+
 class Bank:
     """n degraded clips made once and kept on disk, from which training crops are cut.
 
@@ -480,7 +492,7 @@ class Bank:
     def __init__(self, clips, n, cache_dir, crop, epoch=0, progress=True):
         if crop % SCALE or crop > clips.size:
             raise ValueError(f"crop of {crop} px: take a multiple of {SCALE}, at most the clips' {clips.size}")
-        self.n, self.size, self.crop_size, self.seed = n, clips.size, crop, clips.seed
+        self.n, self.crop_size, self.seed = n, crop, clips.seed
         self.shapes = [(clips.frames, s, s, 3) for s in (clips.size, clips.size // SCALE)]
         files = sorted({p for p, _, _ in clips.shots} | set(clips.photos))
         files = [(str(p.relative_to(clips.folder)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
@@ -517,15 +529,11 @@ class Bank:
 
     def crop(self, epoch, index):
         """(HR uint8 (F, crop, crop, 3), LR (F, crop/4, crop/4, 3)): each clip once per epoch, cut and flipped anew."""
-        row = self.rows[np.random.default_rng([self.seed, epoch]).permutation(self.n)[index]]
         rng = np.random.default_rng([self.seed, epoch, index])
-        y, x = rng.integers(0, (self.size - self.crop_size) // SCALE + 1, 2)          # in LR pixels
-        flips = rng.random(4) < 0.5
-        first = math.prod(self.shapes[0])
         out = []
-        for data, shape, k in zip((row[:first], row[first:]), self.shapes, (SCALE, 1), strict=True):
-            side = self.crop_size * k // SCALE
-            v = data.reshape(shape)[:, k * y:k * y + side, k * x:k * x + side]
+        crops = cut(rng, self.whole(shuffled(self.seed, self.n, epoch)[index]), self.crop_size)
+        flips = rng.random(4) < 0.5
+        for v in crops:
             v = v[::-1] if flips[0] else v
             v = v[:, ::-1] if flips[1] else v
             v = v[:, :, ::-1] if flips[2] else v
@@ -642,8 +650,8 @@ class LatentBank:
         if vae is not self.checked and fingerprint(vae) != self.about["vae_id"]:        # once: it reads all weights
             raise SystemExit("the latents were made with another video code than the checkpoint's: prepare them again")
         self.checked = vae
-        rows = [np.random.default_rng([self.seed, epoch]).permutation(len(self))[k]
-                for epoch, k in (divmod(i, len(self)) for i in range(first, first + count))]
+        places = [divmod(i, len(self)) for i in range(first, first + count)]
+        rows = [shuffled(self.seed, len(self), epoch)[k] for epoch, k in places]
         z_hr, z_lr, z_soft = (torch.from_numpy(self.rows[rows, k].astype(np.float32)).to(device) for k in range(3))
         if soft is not None:
             z_hr = torch.where(soft.view(-1, 1, 1, 1, 1), z_soft, z_hr)
@@ -695,10 +703,7 @@ def prepare_latents(path, folder, model, vae, count, seed=0, device="cpu", save_
     rows = np.memmap(path, np.float16, "r+" if Path(path).exists() else "w+", shape=(count, *about["shape"]))
     for i in tqdm(range(about["done"], count), f"latents of {folder}", initial=about["done"], total=count):
         rng = np.random.default_rng([seed, i])
-        y, x = rng.integers(0, (clip["size"] - clip["crop"]) // SCALE + 1, 2)
-        sides = ((k, clip["crop"] * k // SCALE) for k in (SCALE, 1))
-        hr, lr = (to_tensor(v[:, k * y:k * y + side, k * x:k * x + side])[None].to(device)
-                  for v, (k, side) in zip(clips.clip(0, i), sides, strict=True))
+        hr, lr = (to_tensor(v)[None].to(device) for v in cut(rng, clips.clip(0, i), clip["crop"]))
         sigma = torch.tensor([SOFT[0] + SOFT[1] * rng.random()], device=device, dtype=torch.float32)
         videos = (hr, upsample(lr, hr.shape[-2:]), soften(hr, sigma))
         rows[i] = torch.cat([vae.encode(v) for v in videos]).half().cpu().numpy()

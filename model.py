@@ -473,7 +473,8 @@ class PatchVAE(nn.Module):
 
     def encode(self, video):
         """(B, 3, F, 4H, 4W) in [-1, 1] -> (B, 16, T, H, W)."""
-        z = [(x @ self.basis - self.mean @ self.basis) / self.scale for x in self.patches(video)]
+        mean = self.mean @ self.basis
+        z = [(x @ self.basis - mean) / self.scale for x in self.patches(video)]
         return rearrange(z, "T B H W C -> B C T H W")
 
     def decode(self, z):
@@ -559,9 +560,14 @@ def build(name):
     return DiT(**MODELS[name])
 
 
+def vae_class(name):
+    """The video code of the model of this name in MODELS: PatchVAE or WanVAE."""
+    return WanVAE if name.startswith("wan") else PatchVAE
+
+
 def build_vae(name):
     """The video code, without weights, that belongs to the model of this name in MODELS."""
-    return WanVAE() if name.startswith("wan") else PatchVAE()
+    return vae_class(name)()
 
 
 def read_checkpoint(path):

@@ -215,17 +215,17 @@ def main(cfg):
     saved = dict(vae=vae, optimiser=optimiser) | ({"lora": student.lora} if cfg.lora else {"student": student})
 
     # the pairs, made once by rank 0; a file made from the same student with the same settings is used again
-    path, stamp = f"{out_dir}/pairs.pt", None
+    path = f"{out_dir}/pairs.pt"
     if rank == 0:
         stamp = repr([data.sha256(source), cfg.pairs, cfg.candidates, cfg.scorer, cfg.margin, cfg.seed, cfg.data,
                       cfg.clips])
-    if rank == 0 and not (os.path.exists(path) and torch.load(path, weights_only=True)["stamp"] == stamp):
-        pairs, records = make_pairs(reference, vae, bank, clip, cfg, make_scorer(cfg.scorer), device)
-        with open(f"{out_dir}/pairs.json", "w") as f:
-            json.dump({"scorer": cfg.scorer, "pairs": records}, f, indent=1)
-        show_pairs(f"{out_dir}/pairs.png", pairs, vae, device)
-        torch.save({"stamp": stamp, **pairs}, path + ".tmp")
-        os.replace(path + ".tmp", path)
+        if not (os.path.exists(path) and torch.load(path, weights_only=True)["stamp"] == stamp):
+            pairs, records = make_pairs(reference, vae, bank, clip, cfg, make_scorer(cfg.scorer), device)
+            with open(f"{out_dir}/pairs.json", "w") as f:
+                json.dump({"scorer": cfg.scorer, "pairs": records}, f, indent=1)
+            show_pairs(f"{out_dir}/pairs.png", pairs, vae, device)
+            torch.save({"stamp": stamp, **pairs}, path + ".tmp")
+            os.replace(path + ".tmp", path)
     common.barrier()
     pairs = torch.load(path, map_location="cpu", weights_only=True)
     distance = (pairs["win"].float() - pairs["lose"].float()).square().mean(dim=(1, 2, 3, 4))
