@@ -1,5 +1,10 @@
 """Configuration, shared noise, and the precision that small updates need."""
+import os
+import socket
+import subprocess
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -77,3 +82,29 @@ def test_average_of_weights():
     want = 0.9 * a.weight.detach() + 0.1 * b.weight.detach()
     common.ema_update(a, b, 0.9)
     torch.testing.assert_close(a.weight, want)
+
+
+LEAVE = """
+import sys, torch, common
+rank, world, device = common.setup()
+ddp = common.parallel(torch.nn.Linear(8, 8), world)
+ddp(torch.randn(2, 8)).sum().backward()
+sys.setswitchinterval(100)          # gloo's thread waits for Python as long as it would on a busy machine
+for i in range(100):
+    common.mean(i)
+common.cleanup()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attempt", range(3))
+def test_leaving_the_process_group_does_not_abort(attempt):
+    """Without the pause in cleanup each attempt fails about every second time."""
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        group = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(s.getsockname()[1])}
+    ranks = [subprocess.Popen([sys.executable, "-c", LEAVE], cwd=Path(common.__file__).parent, stderr=subprocess.PIPE,
+                              text=True, env=os.environ | group | {"RANK": str(k)}) for k in range(2)]
+    for process in ranks:
+        err = process.communicate()[1]
+        assert process.returncode == 0, err
