@@ -37,8 +37,8 @@ import stage2_dual
 
 # latents (B, T, H, W) of dit and of stage2; height and width of the frames that inference enlarges four times
 SIZES = {
-    "tiny":    dict(dit=(1, 6, 32, 32), stage2=(4, 3, 24, 24), inference=(64, 96)),
-    "small":   dict(dit=(1, 6, 32, 32), stage2=(1, 3, 32, 32), inference=(64, 96)),
+    "tiny":    dict(dit=(1, 6, 32, 32), stage2=(4, 5, 24, 24), inference=(64, 96)),
+    "small":   dict(dit=(1, 6, 32, 32), stage2=(1, 5, 32, 32), inference=(64, 96)),
     "wan1.3b": dict(dit=(1, 6, 60, 104), stage2=(1, 6, 60, 104), inference=(270, 480)),
 }
 # what dit builds for the preset tiny: 9.1 M parameters, on 1536 tokens; the preset's own matrices are too small to time

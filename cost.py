@@ -58,7 +58,7 @@ def report(title, cfg, passes, clips=1):
     forward, a = forward_flops(cfg.model, (16, clip["window"], side, side))
     again, samples = int(cfg.checkpointing), cfg.batch * clips
     print(f"{title}, {cfg.model}: {count / 1e6:.2f} M parameters; F = {forward / 1e12:.3g} TFLOP, {a:.0%} attention, "
-          f"for a clip of {clip['frames']} frames of {clip['crop']}x{clip['crop']}, {tokens} tokens")
+          f"for a clip of {4 * clip['window'] - 3} frames of {clip['crop']}x{clip['crop']}, {tokens} tokens")
     print(f"{samples} clips a pass, {cfg.accumulate} passes a step; counts are per step and GPU\n")
     heads = zip(("kept", "alone", "input", "full", "F nominal", "PFLOP", "GB"), (12, 7, 7, 7, 11, 9, 7), strict=True)
     print(f"{'network':15s}" + "".join(f"{word:>{width}s}" for word, width in heads))

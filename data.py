@@ -558,8 +558,8 @@ class Bank:
 # ---------------------------------------------------------------------------------------------- what the stages use
 
 CLIPS = {       # by model. size: px of a stored clip; crop: px of a training crop; window: latent frames trained on
-    "tiny":    dict(frames=13, size=192, crop=96, window=3, strength="light"),
-    "small":   dict(frames=13, size=256, crop=128, window=3, strength="light"),
+    "tiny":    dict(frames=21, size=192, crop=96, window=5, strength="light"),
+    "small":   dict(frames=21, size=256, crop=128, window=5, strength="light"),
     "wan1.3b": dict(frames=21, size=640, crop=640, window=6, strength="realbasicvsr"),
 }
 

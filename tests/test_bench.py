@@ -118,8 +118,8 @@ def test_inference_runs_in_tiles_of_the_code_of_the_preset(rows, capsys, monkeyp
     said = run("inference", rows, capsys)
     assert names == ["tiny"] and "21 frames, 32 x 32" in said                           # 28 rows: whole tokens
     stride = build("tiny").stride
-    side = 32 // stride // 2                                                            # 6 latent frames, 3 at once
-    assert rows["transformer, one step"][1] == 2 * dit_flops(3 * side * side, **M.MODELS["tiny"])
+    side = 32 // stride // 2                                                            # 6 latent frames, 5 at once
+    assert rows["transformer, one step"][1] == 2 * dit_flops(5 * side * side, **M.MODELS["tiny"])
     parts = [rows[name] for name in ("upsample and encode", "transformer, one step", "decode")]
     assert rows["total"][1] == sum(part[1] for part in parts) and parts[0][1] > 0 and parts[2][1] > 0
     assert rows["total"][0] == pytest.approx([sum(x) for x in zip(*(part[0] for part in parts), strict=True)])
@@ -139,8 +139,8 @@ def test_student_times_a_chunk_per_kept_frame(rows, capsys, monkeypatch):
     monkeypatch.setattr(infer, "load", lambda *args: upscaler)
     monkeypatch.setattr(bench, "measure", kept)
     assert "not installed" in run("student", rows, capsys)
-    assert frames == [33] * 3                                                           # counted once, timed twice
-    assert rows["student, chunks of 33, 4 shared"][0] == [s / 28 for s in spent[-1]["chunk"][0]]
+    assert frames == [37] * 3                                                           # counted once, timed twice
+    assert rows["student, chunks of 37, 4 shared"][0] == [s / 32 for s in spent[-1]["chunk"][0]]
 
 
 def test_all_runs_all(monkeypatch, rows, capsys):
