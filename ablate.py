@@ -6,6 +6,7 @@
 
 Every arm is a call of the stages' own main: the same clips, noise seed, later stages and number of student updates;
 what differs stands in ARMS. Arms of seed k train with seed k and are measured with noise seed k, as evaluate.py does.
+What two arms share, of one ablation or of two, is trained once.
 
 Reads   <out>/stage1/last.pt (trained first if it is not there), and what evaluate.py reads for a teacher.
 Writes  <out>/ablate/NAME/: table.md; results.json (numbers per arm, seed and clip, every config, evaluate.py's stamp);
@@ -242,13 +243,24 @@ def link(source, target):
         (shutil.copytree if os.path.isdir(source) else shutil.copyfile)(source, target)
 
 
-def owner(arms, key, stage):
-    """The first arm that trains what this arm needs: the same stage II (2), or the same candidates for DPO (3)."""
-    return next(k for k, arm in arms.items() if stage in needs(arm) and arm.two == arms[key].two)
+def twin(run, about, n):
+    """The folder of a finished stage n, of any arm of any ablation of this out, whose settings up to there and whose
+    seed are the same; None if there is none: what two ablations share is trained once. about: as in prepare."""
+    def wanted(settings):
+        return {k: v for k, v in settings.items() if int(k[len("stage")]) <= n}
+    for note in sorted(run.parent.parent.glob("*/*-seed*/arm.json")):
+        if (note.parent != run and wanted(json.loads(note.read_text())) == wanted(about)
+                and finished(f"{note.parent}/stage{n}/last.pt")):
+            return note.parent / f"stage{n}"
+
+
+def judge(arms, key):
+    """The first arm whose candidates for DPO come from the same stage II as this arm's."""
+    return next(k for k, arm in arms.items() if 3 in needs(arm) and arm.two == arms[key].two)
 
 
 def prepare(args, folder, arms, key, seed):
-    """Make the run folder of an arm: links to what it shares with the others, and a note of what it is made with."""
+    """Make the run folder of an arm: links to what it shares with others, and a note of what it is made with."""
     run = folder / f"{key}-seed{seed}"
     cfgs = configs(args, arms[key], run, seed)
     run.mkdir(parents=True, exist_ok=True)
@@ -263,12 +275,13 @@ def prepare(args, folder, arms, key, seed):
     note.write_text(json.dumps(about, indent=2))
     for name in ("stage0", "stage1"):
         link(f"{args.out}/{name}", run / name)
-    if cfgs and owner(arms, key, 2) != key:
-        link(folder / f"{owner(arms, key, 2)}-seed{seed}" / "stage2", run / "stage2")
-    if 3 in cfgs and owner(arms, key, 3) != key:                # the same candidates, ranked once
+    for n in cfgs:
+        if same := twin(run, about, n):
+            link(same, run / f"stage{n}")
+    if 3 in cfgs and judge(arms, key) != key:                   # the same candidates, ranked once
         (run / "stage3").mkdir(exist_ok=True)
         for name in ("pairs.pt", "pairs.json", "pairs.png"):
-            link(folder / f"{owner(arms, key, 3)}-seed{seed}" / "stage3" / name, run / "stage3" / name)
+            link(folder / f"{judge(arms, key)}-seed{seed}" / "stage3" / name, run / "stage3" / name)
     return run, cfgs
 
 

@@ -204,6 +204,15 @@ def test_stages_trains_once_and_takes_the_rows_of_the_teacher(run):
     assert len({repr(about["seeds"]["0"]["a"]["psnr"]) for about in result["arms"].values()}) == 5
 
 
+def test_what_two_ablations_share_is_trained_once(run):
+    run("stages", "--seeds", "1")
+    folder, calls = run("dpo", "--seeds", "1")                  # the anchored t = 1 is the default stage III
+    assert calls == [(3, f"{key}-seed0") for key in list(ablate.ARMS["dpo"])[2:]]
+    assert (folder / "one-seed0/stage3").samefile(folder.parent / "stages/I+II+III-seed0/stage3")
+    assert run("ratio", "--seeds", "2", "--no-stage3")[1] == [(2, f"aux{n}-seed{k}") for n, k in
+                                                              ((1, 0), (5, 0), (1, 1), (3, 1), (5, 1))]
+
+
 def test_stage1_is_trained_first_and_stage3_can_be_left_out(run, tmp_path):
     shutil.rmtree(tmp_path / "tiny" / "stage1")
     folder, calls = run("init", "--seeds", "1", "--no-stage3", "--steps", "1")
@@ -250,10 +259,10 @@ def test_a_grid_is_better_the_closer_it_is_to_1():
 
 def test_work_counts_the_passes_of_a_run():
     """A student update with its three others is 30 forwards' worth; a warm-up is 7: the student, HR and sample through
-    real, HR through fake, 3 to train it. A candidate of 4 x 64 x 64 latents is 2 x 3 x 3 tiles of 3 x 32 x 32."""
+    real, HR through fake, 3 to train it. A candidate of 6 x 64 x 64 latents is 2 x 3 x 3 tiles of 5 x 32 x 32."""
     assert ablate.work(2, stage2.Config()) == 40 * 30 + 30 * 7
     assert ablate.work(2, stage2.Config(streams=("mse",))) == 40 * 3
-    assert ablate.tiles("small", 13, 256, 256) == 18
+    assert ablate.tiles("small", 21, 256, 256) == 18
     assert ablate.work(3, stage3.Config(model="small")) == 2 * 40 * 4 + 16 * 4 * 18 / 4
     clips = [{"hr": np.zeros((9, 256, 256, 3), np.uint8)}] * 2          # 3 latent frames
     base, todo = stage2.Config(model="small"), {2: stage2.Config()}
