@@ -43,7 +43,7 @@ class Config:
     latents: str = ""               # file of data.py prepare --latents, used instead of data; "": none
     checkpointing: bool = False     # keep the inputs of blocks alone and compute the rest twice: less memory
     dry_run: bool = False           # print what a step costs, in passes, FLOPs and memory, and stop
-    cfg_w: float = 1.0              # guidance weight, the usual scale is 1 + w [ours; not in the paper's summary]
+    cfg_w: float = 0.5              # guidance weight, the usual scale is 1 + w; 1 adds grain [ours: LOG.md]
     cfg_steps: int = 60             # steps of CFG distillation [not in the paper's summary]
     cfg_lr: float = 1e-4            # its learning rate, linear to 0 [ours]
     pd_grid: tuple = (64, 32, 16, 8, 4, 2, 1)   # Euler steps of each teacher, and of the last student [paper]

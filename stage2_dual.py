@@ -55,7 +55,7 @@ class Config:
     features: str = "both"          # score models whose features the head reads: "both", "real", "fake" [paper: both]
     init: str = "stage1"            # where the student starts: "stage1" [paper], or "cfg", the CFG-distilled model
     steps: int = 40                 # student updates [not in the paper's summary; 2,000 to 4,000 at 1.3B: FastVideo]
-    aux_warmup: int = 30            # auxiliary updates before the first student update [ours]
+    aux_warmup: int = 150           # auxiliary updates before the first student update: the head needs 100 [ours]
     aux_per_student: int = 3        # auxiliary updates (fake score, head) per student update [paper]
     w_dmd: float = 1.0              # weight of L_DMD [paper]
     w_gan: float = 0.1              # weight of L_G [paper]
@@ -66,13 +66,13 @@ class Config:
     t_max: float = 0.98             # a narrower range, such as 0.7, keeps closer to the LR [DMD2]
     shift: float = 1.0              # shift of the score times [ours; 5 at 1.3B: Self-Forcing]
     real_score: str = "cfg"         # "cfg": CFG-distilled, one pass; "teacher": stage 0 with guidance, two [ours]
-    real_w: float = 1.0             # guidance weight of real_score "teacher" [ours]
+    real_w: float = 0.5             # guidance weight of real_score "teacher" [ours]
     fm_norm: str = "mse"            # L_FM: "mse" [paper] or "l1" [SeedVR2]
     pooled: bool = False            # one logit per clip [DMD2] instead of one per patch
     gan_same_noise: bool = True     # HR and student sample share t and eps; L_FM needs it [ours]
     lr: float = 1e-4                # student learning rate [ours; 2e-6 at 1.3B: CausVid]
     lr_fake: float = 2e-4           # fake score learning rate [ours]
-    lr_head: float = 2e-4           # head learning rate [ours]
+    lr_head: float = 1e-3           # head learning rate [ours]
     ema: float = 0.99               # decay of the student's average [Self-Forcing]
     clip_norm: float = 1.0          # gradient norm at which each network is clipped [ours; 10 at 1.3B: DMD2]
     log_every: int = 5              # student updates between log lines
@@ -430,7 +430,7 @@ def verdicts(out_dir, offsets=()):
         words.append(f"the real score's x0 has {last['detail_real']:.0%} of HR's detail: blurred; lower t_max")
     if "pull_gan" in last and "d" in last:                              # without auxiliary updates there is no d
         words.append(f"hinge L_D {last['d']:.2f}: " + ("the head has won; lower lr_head" if last["d"] < 0.3 else
-                     "the head has not learnt yet" if last["d"] > 1.95 else "healthy"))
+                     "the head has not learnt yet; raise aux_warmup" if last["d"] > 1.95 else "healthy"))
         if last["pull_gan"] == 0 and last["d"] != 2:                    # at first the head is 0, and L_D exactly 2
             words.append("L_G does not reach the student: are the features detached?")
         if "pull_dmd" in last and last["pull_gan"] > last["pull_dmd"]:

@@ -196,7 +196,7 @@ def test_stages_trains_once_and_takes_the_rows_of_the_teacher(run):
     assert calls == [(2, "I+II-seed0"), (3, "I+II+III-seed0")]
     result = json.loads((folder / "results.json").read_text())
     sources = result["stamp"]["checkpoints"]
-    assert [(s["part"], s["steps"], s["w"]) for s in sources.values()] == [("ema", 2, 1.0), ("ema", 1, 1.0)] + [
+    assert [(s["part"], s["steps"], s["w"]) for s in sources.values()] == [("ema", 2, 0.5), ("ema", 1, 0.5)] + [
         ("student", 1, 0.0)] * 3
     assert [s["path"].split("/")[-2] for s in sources.values()] == ["stage0", "stage0", "stage1", "stage2", "stage3"]
     rows = table_rows((folder / "table.md").read_text())
@@ -260,7 +260,7 @@ def test_a_grid_is_better_the_closer_it_is_to_1():
 def test_work_counts_the_passes_of_a_run():
     """A student update with its three others is 30 forwards' worth; a warm-up is 7: the student, HR and sample through
     real, HR through fake, 3 to train it. A candidate of 6 x 64 x 64 latents is 2 x 3 x 3 tiles of 5 x 32 x 32."""
-    assert ablate.work(2, stage2.Config()) == 40 * 30 + 30 * 7
+    assert ablate.work(2, stage2.Config()) == 40 * 30 + 150 * 7
     assert ablate.work(2, stage2.Config(streams=("mse",))) == 40 * 3
     assert ablate.tiles("small", 21, 256, 256) == 18
     assert ablate.work(3, stage3.Config(model="small")) == 2 * 40 * 4 + 16 * 4 * 18 / 4
@@ -269,5 +269,5 @@ def test_work_counts_the_passes_of_a_run():
     pace = {2: 0.5, (2, "x"): 0.3, "score": 60}
     for key, seconds in (("x", 0.3), ("y", 0.5)):               # its own pace goes before the last arm's
         assert ablate.minutes(todo, key, 4, clips, base, pace, 0.1) == pytest.approx(
-            (1410 * seconds + 4 * 18 / 4 * 0.1 + 60) / 60)
-    assert ablate.minutes(todo, "x", 0, clips, base, {}, 0.1) == pytest.approx(1410 * 0.1 / 60)
+            (2250 * seconds + 4 * 18 / 4 * 0.1 + 60) / 60)
+    assert ablate.minutes(todo, "x", 0, clips, base, {}, 0.1) == pytest.approx(2250 * 0.1 / 60)
