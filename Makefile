@@ -4,13 +4,13 @@
 
 PYTHON ?= python3
 OUT    ?= out/tiny
-EVAL   ?= --max_clips 2 --frames 9
+EVAL   ?= --max_clips 1
 RUN     = .venv/bin/python
 # two processes of one thread train faster on two cores than one process of two threads
 TRAIN   = OMP_NUM_THREADS=1 .venv/bin/torchrun --standalone --nproc_per_node=2
 
 demo: .venv/ready
-	$(TRAIN) stage1_pd.py --out $(OUT) --batch 2 --steps_per_phase 45 --resume
+	$(TRAIN) stage1_pd.py --out $(OUT) --batch 2 --steps_per_phase 35 --resume
 	$(TRAIN) stage2_dual.py --out $(OUT) --batch 2 --steps 30 --aux_warmup 20 --resume
 	$(TRAIN) stage3_dpo.py --out $(OUT) --batch 2 --steps 30 --pairs 10 --resume
 	$(RUN) infer.py samples/lr/apple.mp4 $(OUT)/upscaled.mp4 --ckpt $(OUT)/stage3/last.pt

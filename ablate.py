@@ -1,6 +1,6 @@
 """Run the arms of one ablation from the same stage I checkpoint, over several seeds, and say which arm beats which.
 
-    python ablate.py streams                                    # or stages, features, ratio, init, dpo
+    python ablate.py streams                                    # or stages, features, ratio, init, dpo, edits
     python ablate.py streams --seeds 1 --steps 2 --max_clips 1 --out out/look         # all in little; its own stage I
     python ablate.py streams --resume                           # after Ctrl-C or a crash; also: only the tables again
 
@@ -88,6 +88,12 @@ ARMS = {
         "uniform-free": Arm("uniform, no anchor", three=dict(dpo_t="uniform", anchor=0.0)),
         "own-noise": Arm("own noise", three=dict(own_noise=True)),      # must do nothing: see stage3_dpo.py
     },
+    "edits": {"none": Arm("as it is")} | {                              # one line of stage2_dual.py each, to discuss
+        name: Arm(f"{field} = {value!r}", {field: value}) for name, (field, value) in {
+            "short-warmup": ("aux_warmup", 30), "low-times": ("t_max", 0.7), "no-fm": ("w_fm", 0.0),
+            "own-hr-noise": ("gan_same_noise", False), "one-logit": ("pooled", True), "fast-fake": ("lr_fake", 1e-3),
+            "twice-dmd": ("dmd_half", False), "guided-teacher": ("real_score", "teacher"), "l1": ("fm_norm", "l1"),
+            "fast-student": ("lr", 4e-4)}.items()},
 }
 STAGES = {2: stage2, 3: stage3}
 SHOWN = ("psnr", "ssim", "niqe", "vmaf_neg", "temporal", "grid")        # columns of evaluate.COLUMNS

@@ -82,7 +82,9 @@ DIFFER = {      # the fields that the arms of an ablation may differ in, and not
     "stages": {2: set(), 3: set()}, "streams": {2: {"streams", "order"}, 3: set()},
     "features": {2: {"features"}, 3: set()},
     "ratio": {2: {"aux_per_student"}, 3: set()}, "init": {2: {"init"}, 3: set()},
-    "dpo": {2: set(), 3: {"dpo_t", "anchor", "own_noise"}}}
+    "dpo": {2: set(), 3: {"dpo_t", "anchor", "own_noise"}},
+    "edits": {2: {"aux_warmup", "t_max", "w_fm", "gan_same_noise", "pooled", "lr_fake", "dmd_half", "real_score",
+                  "fm_norm", "lr"}, 3: set()}}
 
 
 @pytest.mark.parametrize("preset", ["tiny", "small"])
