@@ -31,7 +31,8 @@ def constants(out, footage):
     scale = dict(out=str(out), data=str(footage), clips=3, batch=2, log_every=1, save_every=2)
     return {stage0: stage0.Config(**scale, steps=4, warmup=2),
             stage1: stage1.Config(**scale, cfg_steps=2, steps_per_phase=2, pd_grid=(4, 2, 1)),
-            stage2: stage2.Config(**scale, steps=4, aux_warmup=2),
+            # a slow head: behind its zero layer gradients begin at rounding level, and Adam steps by their signs
+            stage2: stage2.Config(**scale, steps=4, aux_warmup=2, lr_head=1e-4),
             stage3: stage3.Config(**scale, steps=4, pairs=3, candidates=2, lr=1e-3)}
 
 
@@ -737,7 +738,7 @@ def test_two_processes_train_as_one_with_the_doubled_batch(tmp_path, footage):
             for key in {"loss", "diff", "d", "dmd", "gan", "fm", "dpo"} & set(a):
                 assert b[key] == pytest.approx(a[key], rel=2e-3, abs=2e-5), (k, a["step"], key)
         parts = [torch.load(folder / "last.pt", weights_only=True) for folder in folders]
-        # not the head: behind its zero layer gradients begin at rounding level, and Adam steps by their signs
+        # not the head: its first steps follow the signs of rounding errors
         for name in {"net", "student", "fake"} & set(parts[0]):
             one, two = (torch.cat([x.flatten() for x in p[name].values()]) for p in parts)
             assert (one - two).norm() < 1e-3 * one.norm(), (k, name)
