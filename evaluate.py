@@ -60,7 +60,7 @@ class Config:
     gt: str = ""                    # their ground truth, if there is any
     lr: str = ""                    # their inputs, if there are any
     seam: int = 80                  # pixels from tile to tile, for the column `seam` [infer.py: 80]
-    chunk: int = 32                 # frames from chunk to chunk, for the column `chunk` [infer.py: 37 - 1 - 4]
+    chunk: int = 52                 # frames from chunk to chunk, for the column `chunk` [infer.py: 57 - 1 - 4]
     extra: bool = False             # MUSIQ, CLIP-IQA, LPIPS, DISTS of pyiqa, and DOVER, where they are installed
 
 

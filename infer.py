@@ -278,7 +278,7 @@ def arguments(argv):
     cli.add_argument("--w", type=float, default=0.0, help="guidance weight of a multi-step teacher (default 0)")
     cli.add_argument("--seed", type=int, default=0, help="of the noise")
     cli.add_argument("--tile", type=int, default=0, help="output pixels seen at once (default: as in training)")
-    cli.add_argument("--chunk", type=int, default=37, help="frames in memory at once, 4k + 1 (default 37)")
+    cli.add_argument("--chunk", type=int, default=57, help="frames in memory at once, 4k + 1 (default 57)")
     cli.add_argument("--overlap", type=int, default=4, help="frames blended between chunks, 4k (default 4)")
     cli.add_argument("--color", choices=list(COLORS), default="wavelet", help="what keeps the input's colours")
     cli.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")

@@ -383,7 +383,7 @@ def tile_weight(n, overlap, device):
     return ((1 + torch.minimum(i, n - 1 - i)) / (overlap + 1)).clamp_max(1.0)
 
 
-def tiled(net, tile, overlap=(0, 4, 4), at_once=8):
+def tiled(net, tile, overlap=(0, 4, 4), at_once=4):
     """A velocity function (z, t, z_lr, text) for latents of any size: net on overlapping tiles, blended.
 
     tile, overlap: (T, H, W) in latent pixels, H and W even. The noise is in z, so tiles that overlap see the same.
