@@ -15,7 +15,6 @@ run has finished stays in a hidden folder beside it, for --resume.
 """
 import itertools
 import os
-import re
 import sys
 import zlib
 from dataclasses import dataclass
@@ -185,11 +184,9 @@ def chunks(count, cuts, size, overlap):
 def upscale_film(film, unfinished, parts, upscaler, progress):
     """Upscale what `unfinished` does not have yet. upscaler: (uint8 (F, h, w, 3), start=n) -> float (3, F, H, W)."""
     missing = [i for i, (start, _, keep, _) in enumerate(parts) if not unfinished.has(start, keep)]
-    first = missing[0] if missing else len(parts)
-    progress.update(sum(keep for _, _, keep, _ in parts[:first]))
-    if first == len(parts):
+    if not missing:
         return
-    first -= parts[first][3] > 0                # the end of the one before is blended into it: once more
+    first = missing[0] - (parts[missing[0]][3] > 0)     # the end of the one before is blended into it: once more
     at, have, tail = parts[first][0], [], None                          # have: the frames from number `at` on
     reader = itertools.islice(film.frames(), at, None)
     for start, end, keep, blend in parts[first:]:
@@ -213,7 +210,7 @@ def upscale_film(film, unfinished, parts, upscaler, progress):
 # files in, files out
 
 
-def jobs(source, target):
+def jobs(source, target, resume=False):
     """[(input: file or list of frames, output)] for INPUT and OUTPUT; ValueError if they do not fit."""
     source, target = Path(source), Path(target)
     if not source.exists():
@@ -226,12 +223,17 @@ def jobs(source, target):
         picture = source.suffix.lower() in media.IMAGES
         if target.suffix.lower() == ".png" and not picture:
             raise ValueError(f"{target}: one picture for a video; name a folder, .mp4 or .mkv")
-        return [(source, target / f"{source.stem}.png" if picture and not target.suffix else target)]
+        if picture and not target.suffix:
+            target /= f"{source.stem}.png"
+            if target.exists():                         # the user has not named this file
+                raise ValueError(f"{target}: exists; name another folder")
+        return [(source, target)]
     files = media.files_in(source, media.VIDEOS | media.IMAGES)
     if not files:
         raise ValueError(f"{source}: no videos or pictures in this folder")
-    names = {re.sub(r"\d+", "#", path.name) for path in files}
-    if files[0].suffix.lower() in media.IMAGES and len(names) == 1 and "#" in names.pop():
+    if media.numbered(files):
+        if target.suffix.lower() == ".png" and len(files) > 1:
+            raise ValueError(f"{target}: one picture for {len(files)} frames; name a folder, .mp4 or .mkv")
         return [(files, target)]
     if target.suffix:
         raise ValueError(f"{target}: {source} holds {len(files)} separate files; name a folder")
@@ -240,6 +242,8 @@ def jobs(source, target):
         if path in outputs[:i]:
             first = files[outputs.index(path)].name
             raise ValueError(f"{files[i]}: its output {path} is also that of {first}; rename one")
+        if path.exists() and not resume:
+            raise ValueError(f"{path}: exists; name another folder, or add --resume to do only what is missing")
     return list(zip(files, outputs, strict=True))
 
 
@@ -261,9 +265,10 @@ def run(source, target, upscaler, args, stamp):
     files = source if isinstance(source, list) else [source]
     stamp = repr([[(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in files], *stamp])
     parts = chunks(film.count, film.cuts, args.chunk, args.overlap)
-    with (media.Unfinished(target, stamp, args.resume) as unfinished,
-          tqdm(total=film.count, unit="frame", desc=target.name, dynamic_ncols=True) as progress):
-        upscale_film(film, unfinished, parts, upscaler, progress)
+    with media.Unfinished(target, stamp, args.resume) as unfinished:
+        done = sum(keep for start, _, keep, _ in parts if unfinished.has(start, keep))
+        with tqdm(total=film.count, initial=done, unit="frame", desc=target.name, dynamic_ncols=True) as progress:
+            upscale_film(film, unfinished, parts, upscaler, progress)
         unfinished.finish(film.fps, film.sound, film.begin, film.times)
     return f"{target}: {film.count} frames"
 
@@ -306,13 +311,13 @@ def main(argv=None):
         raise SystemExit(f"--device {args.device}: not available ({str(error).splitlines()[0]})") from None
     failed = 0
     try:
-        todo = jobs(args.input, args.output)
+        todo = jobs(args.input, args.output, args.resume)
         upscaler = partial(load(args.ckpt, args.part, device, args.tile), steps=args.steps, w=args.w, seed=args.seed,
                            color=args.color, scale=args.scale)
         stamp = [data.sha256(args.ckpt), *(getattr(args, k) for k in (
             "part", "scale", "steps", "w", "seed", "tile", "chunk", "overlap", "color")), device.type]
         for source, target in todo:
-            if args.resume and len(todo) > 1 and target.exists():
+            if args.resume and target != Path(args.output) and target.exists():
                 continue
             try:
                 print(run(source, target, upscaler, args, stamp))

@@ -23,6 +23,11 @@ import imageio_ffmpeg
 import numpy as np
 from PIL import Image, ImageOps
 
+try:
+    import fcntl
+except ImportError:                                      # Windows has none: there two runs are not kept apart
+    fcntl = None
+
 VIDEOS = {".mp4", ".mkv", ".mov", ".avi", ".webm", ".m4v"}
 IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
@@ -30,16 +35,22 @@ IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 # reading
 
 
+def command(args):
+    """FFmpeg's command line; a Path among args is a file, even if its name has a colon, as in 12:30.mp4."""
+    return [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error",
+            *(f"file:{x}" if isinstance(x, Path) else str(x) for x in args)]
+
+
 def ffmpeg(args, stdin=b"", problems=None):
     """Standard output of FFmpeg run with `args`; ValueError with the last line of its complaint if it fails.
 
     problems: a list that takes the complaints of a run that ended well all the same.
     """
-    cmd = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", *map(str, args)]
-    done = subprocess.run(cmd, input=stdin, capture_output=True)
+    done = subprocess.run(command(args), input=stdin, capture_output=True)
     lines = done.stderr.decode(errors="replace").strip().splitlines()
     if done.returncode:
-        raise ValueError((lines or ["no reason given"])[-1])
+        raise ValueError("no video in it" if "matches no streams" in " ".join(lines) else
+                         (lines or ["no reason given"])[-1])
     if problems is not None:
         problems += lines
     return done.stdout
@@ -100,7 +111,7 @@ def survey(path):
 
 def lossless(path):
     """Whether the first video stream of a file is in a codec that loses nothing."""
-    said = subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-i", path], capture_output=True).stderr
+    said = subprocess.run(command(["-v", "info", "-i", Path(path)]), capture_output=True).stderr
     codec = re.search(rb"Video: (\w+)", said)
     return bool(codec) and codec[1].decode() in {"ffv1", "huffyuv", "ffvhuff", "utvideo", "rawvideo", "png", "bmp"}
 
@@ -122,11 +133,10 @@ def stream(path, start=0, size=None):
     seek = ["-ss", f"{float((start - Fraction(1, 2)) / info['fps']):.6f}"] if start else []
     # matrix and range are those of the file's tags; the flags avoid a rounding bias and nearest-neighbour chroma
     flags = f"{'area' if size else 'bicubic'}+accurate_rnd+full_chroma_int+full_chroma_inp"
-    cmd = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", *seek, "-i", path, "-map", "0:v:0",
-           "-vf", f"scale={w}:{h}:flags={flags}", "-fps_mode", "passthrough",
-           "-pix_fmt", "rgb24", "-f", "rawvideo", "-"]
+    cmd = command([*seek, "-i", Path(path), "-map", "0:v:0", "-vf", f"scale={w}:{h}:flags={flags}",
+                   "-fps_mode", "passthrough", "-pix_fmt", "rgb24", "-f", "rawvideo", "-"])
     # its complaints were heard by video_info, and by survey
-    with subprocess.Popen(list(map(str, cmd)), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as decoder:
+    with subprocess.Popen(cmd, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as decoder:
         try:
             while len(raw := decoder.stdout.read(3 * w * h)) == 3 * w * h:
                 yield np.frombuffer(raw, np.uint8).reshape(h, w, 3)
@@ -150,9 +160,18 @@ def read_image(path):
     """A picture as uint8 (H, W, 3) RGB, turned upright."""
     try:
         with Image.open(path) as im:
-            return np.array(ImageOps.exif_transpose(im).convert("RGB"))
+            im = ImageOps.exif_transpose(im)
+            if im.mode[0] == "I":                        # 16 bits of grey, which PIL would cut off at 255
+                im = Image.fromarray((np.asarray(im) / 257).round().clip(0, 255).astype(np.uint8))
+            return np.array(im.convert("RGB"))
     except Exception as e:                               # PIL raises many types for a broken file
         raise ValueError(f"{path}: not readable as a picture ({e})") from None
+
+
+def numbered(files):
+    """Whether these files are pictures whose names differ in numbers alone: the frames of one clip."""
+    names = {re.sub(r"\d+", "#", path.name) for path in files}
+    return files[0].suffix.lower() in IMAGES and len(names) == 1 and "#" in names.pop()
 
 
 def files_in(folder, suffixes):
@@ -164,6 +183,14 @@ def files_in(folder, suffixes):
 
 # ----------------------------------------------------------------------------
 # writing
+
+
+def ticks(times):
+    """FFmpeg's expression for the time of frame N, in 1/90000 s: a tree of ifs, as FFmpeg nests no more than 100."""
+    if len(times) == 1:
+        return str(round(90000 * times[0][1]))
+    half = len(times) // 2
+    return f"if(lt(N,{times[half][0]}),{ticks(times[:half])},{ticks(times[half:])})"
 
 
 def encode(path, frames, fps, crf=10, aspect="1:1", times=None):
@@ -179,9 +206,10 @@ def encode(path, frames, fps, crf=10, aspect="1:1", times=None):
         raise ValueError(f"{path}: frames are uint8 (H, W, 3), not {first.dtype} {first.shape}")
     h, w, _ = first.shape
     filters = [f"setsar={aspect.replace(':', '/')}"]
-    if times is not None:                                 # if N < 1: time 0, else if N < 2: time 1, else ...
-        ticks = "".join(f"if(lt(N,{i + 1}),{round(90000 * t)}," for i, t in enumerate(times))
-        filters += ["settb=1/90000", f"setpts='{ticks}0{')' * len(times)}'"]
+    clock = []
+    if times is not None:
+        clock = ["-fps_mode", "passthrough", "-enc_time_base", "1:90000"]
+        filters += ["settb=1/90000", f"setpts='{ticks(list(enumerate(times)))}'"]
     if Path(path).suffix.lower() == ".mkv":
         codec = ["-c:v", "ffv1", "-pix_fmt", "gbrp"]
     else:
@@ -189,11 +217,10 @@ def encode(path, frames, fps, crf=10, aspect="1:1", times=None):
                     "setparams=range=tv:colorspace=bt709:color_primaries=bt709:color_trc=bt709"]
         pixels = "yuv444p" if h % 2 or w % 2 else "yuv420p"           # 4:2:0 halves both sides
         codec = ["-c:v", "libx264", "-crf", crf, "-bf", "0", "-pix_fmt", pixels]
-    cmd = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y", "-f", "rawvideo", "-pix_fmt", "rgb24",
-           "-s", f"{w}x{h}", "-framerate", fps, "-i", "-", "-vf", ",".join(filters), *codec,
-           *(["-fps_mode", "passthrough"] if times is not None else []), "-movflags", "+faststart", path]
+    cmd = command(["-y", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{w}x{h}", "-framerate", fps, "-i", "-",
+                   "-vf", ",".join(filters), *codec, *clock, "-movflags", "+faststart", Path(path)])
     with tempfile.TemporaryFile() as log:                 # a file, not a pipe: nobody reads it while we write
-        encoder = subprocess.Popen(list(map(str, cmd)), stdin=subprocess.PIPE, stderr=log)
+        encoder = subprocess.Popen(cmd, stdin=subprocess.PIPE, stderr=log)
         try:
             for x in chain([first], map(np.asarray, frames)):
                 if x.shape != first.shape or x.dtype != np.uint8:
@@ -253,16 +280,32 @@ class Unfinished:
     def __init__(self, target, stamp, resume):
         self.target, self.video = Path(target), Path(target).suffix != ""
         self.folder = self.target.with_name(f".{self.target.name}.unfinished")
-        note = self.folder / "stamp.txt"
-        if self._pieces() and not resume:
-            raise ValueError(f"{target}: an interrupted run left {self.folder}; add --resume, or remove it")
-        if self._pieces() and note.read_text() != stamp:
-            raise ValueError(f"{self.folder}: made with another input, checkpoint or setting; remove that folder")
         try:
             self.folder.mkdir(exist_ok=True)
-            note.write_text(stamp)
+            self.note = open(self.folder / "stamp.txt", "a+")       # open, and locked, as long as this run lives
         except OSError as e:
             raise ValueError(f"{target}: not writable ({e.strerror}); name another output") from None
+        try:
+            self._check(stamp, resume)
+        except ValueError:
+            self.note.close()
+            raise
+        for half_written in self.folder.glob(".*"):                 # by a run that was killed
+            half_written.unlink()
+        self.note.truncate(0), self.note.write(stamp), self.note.flush()
+
+    def _check(self, stamp, resume):
+        """ValueError if another run writes these pieces, or has left some that are not to be used."""
+        try:
+            if fcntl:
+                fcntl.flock(self.note, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"{self.target}: another run is writing it; wait, or name another output") from None
+        if self._pieces() and not resume:
+            raise ValueError(f"{self.target}: an interrupted run left {self.folder}; add --resume, or remove it")
+        self.note.seek(0)
+        if self._pieces() and self.note.read() != stamp:
+            raise ValueError(f"{self.folder}: made with another input, checkpoint or setting; remove that folder")
 
     def __enter__(self):
         return self
@@ -270,6 +313,7 @@ class Unfinished:
     def __exit__(self, *error):
         if self.folder.exists() and not self._pieces():
             shutil.rmtree(self.folder)
+        self.note.close()
 
     def _pieces(self):
         return sorted(self.folder.glob(f"[!.]*{self.target.suffix if self.video else '.png'}"))
@@ -309,9 +353,9 @@ class Unfinished:
                 entries.append(f"duration {times[int(pieces[i + 1].stem)] - times[int(piece.stem)]:.6f}")
         listed = self.folder / "pieces.txt"
         listed.write_text("\n".join(entries))
-        # the container of a piece may round times: frame N is shown at N / fps, exactly
-        n, ticks = f"N+{round(begin * fps)}", f"{1 / fps}/TB"
-        clock = [] if times else ["-bsf:v", f"setts=ts=round(({n})*{ticks}):duration=round({ticks})"]
+        # the container of a piece may round times: frame N is shown at begin + N / fps, exactly
+        clock = [] if times else [
+            "-bsf:v", f"setts=ts=round(({begin:.6f}+N*{1 / fps})/TB):duration=round({1 / fps}/TB)"]
         inputs = ["-itsoffset", begin, "-f", "concat", "-i", listed]
         inputs += ["-i", source, "-map", "0:v", "-map", "1:a?"] if source else []
         with whole(self.target) as tmp:

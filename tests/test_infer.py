@@ -37,6 +37,15 @@ def test_tiles_cover_everything_and_blend_to_one(size):                         
     torch.testing.assert_close(blended, z - z_lr, atol=1e-6, rtol=0)     # one noise volume: tiled equals untiled
 
 
+def test_tiles_fade_into_each_other():
+    """Two tiles with answers 0 and 1: a ramp where they overlap, no step."""
+    answers = iter((0.0, 1.0))
+    z = torch.randn(1, 1, 1, 24, 44)
+    out = M.tiled(lambda z, *_: torch.full_like(z, next(answers)), (1, 24, 24), at_once=1)(z, torch.ones(1), z,
+                                                                                           M.prompt(z))
+    torch.testing.assert_close(out[0, 0, 0, 0, 19:25], torch.tensor([0, 0.2, 0.4, 0.6, 0.8, 1]))
+
+
 def test_tiles_are_the_size_that_was_trained_and_overlap():
     seen = []
 
@@ -157,16 +166,28 @@ def film(path, frames, fps=NTSC, sound=False, extra=()):
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
 def test_frames_rate_and_sound_are_kept(plain, tmp_path, suffix):
     source, target = film(tmp_path / "in.mp4", scene(0, 40), sound=True), tmp_path / f"out{suffix}"
-    infer.main([str(source), str(target)])
+    infer.main([str(source), str(target), "--chunk", "17"])
     info, seen, before = media.video_info(target), media.survey(target), media.survey(source)
     assert (info["width"], info["height"], info["fps"]) == (384, 256, NTSC) and seen["frames"] == 40
     np.testing.assert_allclose(seen["times"], before["times"], atol=6e-4)       # Matroska counts in milliseconds
-    assert max(plain) == 57                                                     # never the whole film
+    assert max(plain) == 17                                                     # never the whole film
     packets = [media.ffmpeg(["-i", p, "-map", "0:a", "-c", "copy", "-f", "streamhash", "-"]) for p in (source, target)]
     assert packets[0] == packets[1]                                             # the sound is copied, not coded again
     want = media.read_video(source).repeat(4, 1).repeat(4, 2).astype(int)
     assert abs(media.read_video(target) - want).mean() < (0.01 if suffix == ".mkv" else 3)
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted({"in.mkv", "in.mp4", target.name})
+    said = subprocess.run(media.command(["-v", "info", "-i", target]), capture_output=True).stderr
+    assert (b"yuv420p(tv, bt709, progressive" if suffix == ".mp4" else b"ffv1") in said
+
+
+def test_a_film_that_begins_late_keeps_its_start(plain, tmp_path):
+    film(tmp_path / "in.mp4", scene(0, 20), sound=True)
+    media.ffmpeg(["-i", tmp_path / "in.mp4", "-itsoffset", "0.54", "-i", tmp_path / "in.mp4", "-map", "1:v",
+                  "-map", "0:a", "-c", "copy", tmp_path / "late.mp4"])
+    infer.main([str(tmp_path / "late.mp4"), str(tmp_path / "out.mp4"), "--chunk", "17"])
+    before, after = (media.survey(tmp_path / name)["times"] for name in ("late.mp4", "out.mp4"))
+    assert before[0] == pytest.approx(0.54, abs=1e-3)
+    np.testing.assert_allclose(after, before, atol=1e-4)
 
 
 def test_sound_that_does_not_fit_is_coded_again(plain, tmp_path):
@@ -181,10 +202,14 @@ def test_times_that_vary_are_kept(plain, tmp_path):
     source = tmp_path / "vfr.mp4"
     film(tmp_path / "cfr.mp4", scene(0, 60), 30)
     media.ffmpeg(["-i", tmp_path / "cfr.mp4", "-vf", r"select='not(mod(n\,3))+lt(n\,20)'", "-fps_mode", "vfr", source])
-    infer.main([str(source), str(tmp_path / "out.mp4")])
-    before, after = media.survey(source)["times"], media.survey(tmp_path / "out.mp4")["times"]
+    before = media.survey(source)["times"]
     assert not media.steady(before, media.video_info(source)["fps"])
-    np.testing.assert_allclose(after, before, atol=2e-3)
+    for chunk in ("17", "57"):                                                  # several pieces, and one
+        infer.main([str(source), str(tmp_path / f"{chunk}.mp4"), "--chunk", chunk])
+        np.testing.assert_allclose(media.survey(tmp_path / f"{chunk}.mp4")["times"], before, atol=2e-3)
+    times = [(i + i % 3 / 4) / 30 for i in range(400)]                          # FFmpeg nests no more than 100 ifs
+    media.encode(tmp_path / "long.mp4", [np.zeros((16, 16, 3), np.uint8)] * 400, 30, times=times)
+    np.testing.assert_allclose(media.survey(tmp_path / "long.mp4")["times"], times, atol=1e-4)
 
 
 @pytest.mark.parametrize("scale, h, w", [(2, 33, 47), (3, 32, 48), (4, 31, 33)])
@@ -227,6 +252,44 @@ def test_a_cut_never_blends(tmp_path, monkeypatch):
     assert (np.diff(shown[:30].astype(int)) >= 0).all() and want[1] < shown[14] < want[2]
 
 
+def test_cuts_in_a_folder_of_pictures(plain, tmp_path):
+    (tmp_path / "frames").mkdir()
+    for i, x in enumerate(np.concatenate([scene(1, 9), 255 - scene(2, 8)])):
+        Image.fromarray(x).save(tmp_path / f"frames/{i}.png")
+    assert infer.open_pictures(media.files_in(tmp_path / "frames", {".png"})).cuts == [9]
+    infer.main([str(tmp_path / "frames"), str(tmp_path / "out.mkv")])
+    assert plain == [9, 8]
+
+
+def test_options_reach_the_network(tmp_path, monkeypatch):
+    media.write_video(tmp_path / "in.mkv", scene(0, 3), 24)
+    given = []
+
+    def load(ckpt, part, device, tile):
+        def upscaler(lr, **options):
+            given.append(((ckpt, part, str(device), tile), options))
+            return enlarge(lr, scale=options["scale"])
+        return upscaler
+    monkeypatch.setattr(infer, "load", load)
+    infer.main([str(tmp_path / "in.mkv"), str(tmp_path / "out.mkv"), "--ckpt", f"{ROOT}/README.md", "--part", "ema",
+                *"--seed 3 --steps 2 --w 0.5 --color adain --scale 2 --tile 64 --device cpu".split()])
+    assert given == [((f"{ROOT}/README.md", "ema", "cpu", 64),
+                      dict(start=0, steps=2, w=0.5, seed=3, color="adain", scale=2))]
+
+
+def test_names_with_a_colon_and_deep_or_turned_pictures(plain, tmp_path):
+    media.write_video(tmp_path / "12:30.mkv", scene(0, 3), 24)
+    infer.main([str(tmp_path / "12:30.mkv"), str(tmp_path / "13:00.mp4")])
+    assert media.survey(tmp_path / "13:00.mp4")["frames"] == 3
+    Image.fromarray(np.full((16, 16), 127 * 257, np.uint16)).save(tmp_path / "deep.png")
+    assert (media.read_image(tmp_path / "deep.png") == 127).all()
+    exif = Image.Exif()
+    exif[0x112] = 6                                                             # to be turned by 90 degrees
+    Image.fromarray(scene(0, 1)[0]).save(tmp_path / "turned.png", exif=exif)
+    infer.main([str(tmp_path / "turned.png"), str(tmp_path / "up.png")])
+    assert np.array_equal(media.read_image(tmp_path / "up.png"), np.rot90(scene(0, 1)[0], -1).repeat(4, 0).repeat(4, 1))
+
+
 def test_folders(plain, tmp_path):
     frames = scene(0, 12)
     (tmp_path / "frames").mkdir()
@@ -245,6 +308,13 @@ def test_folders(plain, tmp_path):
     with pytest.raises(SystemExit, match="1 of 3"):
         infer.main([str(tmp_path / "mixed"), str(tmp_path / "done")])
     assert sorted(p.name for p in (tmp_path / "done").iterdir()) == ["cat.png", "walk.mp4"]
+    before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "done").iterdir()}
+    with pytest.raises(SystemExit, match="cat.png: exists"):                    # no file of a folder is written over
+        infer.main([str(tmp_path / "mixed"), str(tmp_path / "done")])
+    (tmp_path / "done/walk.mp4").unlink()
+    with pytest.raises(SystemExit, match="1 of 3"):                             # --resume makes what is missing
+        infer.main([str(tmp_path / "mixed"), str(tmp_path / "done"), "--resume"])
+    assert (tmp_path / "done/cat.png").stat().st_mtime_ns == before["cat.png"] and (tmp_path / "done/walk.mp4").exists()
     Image.fromarray(frames[0]).save(tmp_path / "mixed/cat.png")
     with pytest.raises(SystemExit, match="also that of cat.jpg"):
         infer.main([str(tmp_path / "mixed"), str(tmp_path / "again")])
@@ -256,13 +326,18 @@ def test_one_picture(plain, tmp_path):
         infer.main([str(tmp_path / "a.png"), str(tmp_path / target)])
     assert media.read_image(tmp_path / "b.png").shape == media.read_image(tmp_path / "d/a.png").shape == (256, 384, 3)
     assert len(media.read_video(tmp_path / "c.mp4")) == 1
+    kept = (tmp_path / "a.png").read_bytes()
+    for folder in (tmp_path, tmp_path / "d"):                                   # a.png beside the input; made before
+        with pytest.raises(SystemExit, match="a.png: exists"):
+            infer.main([str(tmp_path / "a.png"), str(folder)])
+    assert (tmp_path / "a.png").read_bytes() == kept
 
 
 @pytest.mark.parametrize("target", ["out.mp4", "out.mkv", "out"])
 def test_a_killed_run_is_resumed_to_the_same_bytes(checkpoint, tmp_path, monkeypatch, target):
     frames = np.random.default_rng(0).integers(0, 256, (50, 8, 8, 3), dtype=np.uint8)
     media.write_video(tmp_path / "in.mkv", frames, 24)
-    command = [str(tmp_path / "in.mkv"), str(tmp_path / target), "--ckpt", checkpoint]
+    command = [str(tmp_path / "in.mkv"), str(tmp_path / target), "--ckpt", checkpoint, "--chunk", "17"]
     infer.main(command)
 
     def frozen(path):
@@ -282,6 +357,7 @@ def test_a_killed_run_is_resumed_to_the_same_bytes(checkpoint, tmp_path, monkeyp
     with monkeypatch.context() as m, pytest.raises(SystemExit, match="--resume"):
         m.setattr(media.Unfinished, "write", stop_at_three)
         infer.main(command)
+    assert len(written) == 2
     assert not (tmp_path / target).exists()
     with pytest.raises(SystemExit, match="add --resume"):
         infer.main(command)
@@ -294,20 +370,65 @@ def test_a_killed_run_is_resumed_to_the_same_bytes(checkpoint, tmp_path, monkeyp
     assert not list(tmp_path.glob(".*"))
 
 
+CHILD = """
+import sys; sys.path.insert(0, {root!r})
+import os, re, signal, torch; torch.set_num_threads(1)
+import infer, media; from tests.test_infer import enlarge
+infer.load = lambda *a: enlarge
+infer.common.keep_memory = lambda: None
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads /proc")
 def test_memory_does_not_grow_with_the_film(tmp_path):
-    """Peak memory of a child process on 100 and on 1000 frames: under 1 MB per 100 frames more."""
-    code = ("import sys, resource; sys.path.insert(0, sys.argv[1]); import torch; torch.set_num_threads(1);"
-            "import infer; from tests.test_infer import enlarge; infer.load = lambda *a: enlarge;"
-            "infer.main(sys.argv[2:]); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
-    peaks = []
-    for count in (100, 1000):
-        tile = scene(0, 1, 40, 40)[0]
-        media.write_video(tmp_path / "in.mp4", (np.roll(tile, 3 * i, 1) for i in range(count)), 24)
-        files = [str(tmp_path / name) for name in ("in.mp4", f"{count}.mp4")]
-        done = subprocess.run([sys.executable, "-c", code, ROOT, *files], capture_output=True, text=True, check=True)
-        peaks.append(int(done.stdout.split()[-1]) / 1024)
-        assert media.survey(tmp_path / f"{count}.mp4")["frames"] == count
+    """Peak memory of one process after a film of 100 frames and after one of 1000: under 1 MB per 100 frames more."""
+    code = CHILD.format(root=ROOT) + """
+for count in (100, 1000):
+    infer.main([f"{sys.argv[1]}/{count}.mp4", f"{sys.argv[1]}/out{count}.mp4", "--chunk", "17"])
+    print("peak", re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
+"""
+    for count in (100, 1000):                               # held, the inputs would be 17 MB, the outputs 280
+        tile = scene(0, 1, 80, 80)[0]
+        media.write_video(tmp_path / f"{count}.mp4", (np.roll(tile, 3 * i, 1) for i in range(count)), 24)
+    given_back = dict(os.environ, MALLOC_MMAP_THRESHOLD_="65536", MALLOC_ARENA_MAX="1")     # else malloc keeps some
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True,
+                          env=given_back)
+    peaks = [int(kb) / 1024 for kb in re.findall(r"peak (\d+)", done.stdout)]
+    assert media.survey(tmp_path / "out1000.mp4")["frames"] == 1000
     assert peaks[1] - peaks[0] < 9
+
+
+@pytest.mark.parametrize("target", ["out.mkv", "out"])
+def test_a_run_that_is_killed_while_it_writes(plain, tmp_path, target):
+    """SIGKILL with a half-written file on disk; then --resume; nothing of it is left."""
+    media.write_video(tmp_path / "in.mkv", scene(0, 30, 16, 16), 24)
+    code = CHILD.format(root=ROOT) + """
+replace, done = os.replace, []
+def die(*args):
+    done.append(args)
+    if len(done) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(*args)
+media.os.replace = die
+infer.main(sys.argv[1:])
+"""
+    command = [str(tmp_path / "in.mkv"), str(tmp_path / target), "--chunk", "17"]
+    done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True)
+    assert done.returncode == -9 and list(tmp_path.glob(f".{target}.unfinished/.*.*"))
+    infer.main([*command, "--resume"])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in.mkv", target]
+    files = sorted((tmp_path / target).iterdir()) if target == "out" else []
+    shown = np.stack([media.read_image(p) for p in files]) if files else media.read_video(tmp_path / target)
+    assert np.array_equal(shown, scene(0, 30, 16, 16).repeat(4, 1).repeat(4, 2))
+
+
+def test_two_runs_do_not_write_the_same_output(plain, tmp_path):
+    media.write_video(tmp_path / "in.mkv", scene(0, 3), 24)
+    with media.Unfinished(tmp_path / "out.mkv", "another run", resume=False):
+        for more in ([], ["--resume"]):
+            with pytest.raises(SystemExit, match="another run is writing it"):
+                infer.main([str(tmp_path / "in.mkv"), str(tmp_path / "out.mkv"), *more])
+    infer.main([str(tmp_path / "in.mkv"), str(tmp_path / "out.mkv")])
 
 
 def test_real_checkpoint_from_file_to_file(checkpoint, tmp_path):
@@ -327,12 +448,12 @@ def test_tiles_leave_no_trace_in_a_file(checkpoint, tmp_path):
 
 
 def test_the_student_that_ships_leaves_no_seams(tmp_path):
-    """On a real clip, where tiles meet the picture changes no more than beside it, and no more than bicubic does."""
+    """On a real clip, where tiles meet the picture changes no more than beside it."""
     lr = media.read_video(f"{ROOT}/samples/lr/apple.mp4")[:5]
     upscaler = infer.load(infer.STUDENT, "student", torch.device("cpu"))
     out = data.to_uint8(upscaler(lr))
     assert out.shape == (5, 4 * lr.shape[1], 4 * lr.shape[2], 3)
-    assert metrics.seam(out, 80) < 1.05 * max(1, metrics.seam(evaluate.upscale_bicubic(lr), 80))
+    assert metrics.seam(out, 80) <= 1.05 < metrics.seam(evaluate.upscale_bicubic(lr), 80)      # the clip's own borders
 
 
 def test_commands_of_the_readme(plain, tmp_path, monkeypatch):
@@ -367,13 +488,14 @@ def test_mistakes_get_one_line(checkpoint, tmp_path):
     good, out = str(tmp_path / "in.mkv"), str(tmp_path / "out.mp4")
     for words, args in (
             ("not readable", [str(tmp_path / "bad.mp4"), out]), ("no such file", [str(tmp_path / "none.mp4"), out]),
-            ("not readable", [str(tmp_path / "sound.mp4"), out]), ("is the input", [good, good]),
+            ("no video in it", [str(tmp_path / "sound.mp4"), out]), ("is the input", [good, good]),
+            ("one picture for 2 frames", [str(sizes), str(tmp_path / "a.png")]),
             ("ends in", [good, str(tmp_path / "out.txt")]), ("no videos", [str(tmp_path / "empty"), out]),
             ("not empty", [good, str(tmp_path / "full")]), ("differs from", [str(sizes), out]),
             ("name a folder", [good, str(tmp_path / "a.png")]), ("not writable", [good, "/proc/x/o.mp4"]),
             ("at least 1", [good, out, "--steps", "0"]), ("without 'ema'", [good, out, "--part", "ema"]),
             ("no such checkpoint", [good, out, "--ckpt", "none.pt"]), ("invalid choice", [good, out, "--scale", "5"]),
-            ("4k", [good, out, "--chunk", "16"]), ("4k", [good, out, "--overlap", "20"]),
+            ("4k", [good, out, "--chunk", "16"]), ("4k", [good, out, "--overlap", "28"]),
             ("32", [good, out, "--tile", "8"]), ("not available", [good, out, "--device", "cuda:7"])):
         with pytest.raises(SystemExit, match=words) as stop:
             infer.main([*args, *([] if "--ckpt" in args else ["--ckpt", checkpoint])])
