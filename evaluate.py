@@ -262,11 +262,20 @@ def extra_metrics(wanted):
     if not wanted:
         return {}, dict.fromkeys(EXTRA, "not asked for: --extra")
     found, absent = {}, {}
+
+    def guarded(name, function):
+        """function, which is not ours and fails in many ways: then nan, and the reason is kept."""
+        def call(*args):
+            try:
+                return function(*args)
+            except Exception as error:
+                absent[name] = (str(error) or type(error).__name__).splitlines()[0][:160]
+                return math.nan
+        return call
     for name in EXTRA:
-        try:
-            found[name] = dover_metric() if name == "dover" else pyiqa_metric(name)
-        except Exception as error:                              # weights are downloaded, which fails in many ways
-            absent[name] = (str(error) or type(error).__name__).splitlines()[0][:160]
+        make = guarded(name, dover_metric if name == "dover" else partial(pyiqa_metric, name))()
+        if name not in absent:
+            found[name] = guarded(name, make)
     return found, absent
 
 
@@ -321,8 +330,10 @@ def make_stamp(cfg, clips, rows, device):
                  "crop": "height and width to multiples of 16, right and bottom cut; no border left out"}
     return {
         "clips": about, **({"crop": "none; no border left out"} if cfg.pred else made_here),
-        "channel": "psnr, lr_consistency: RGB; vmaf: Y of BT.709; all others: Y of BT.601",
-        "range": "8 bits, 0..255",
+        "channel": {k: "RGB" if k in ("psnr", "psnr_aligned", "lr_consistency", *EXTRA) else
+                    "Y of BT.709" if k in ("vmaf", "vmaf_neg") else "Y of BT.601"
+                    for k in COLUMNS if k not in ("calls", "seconds")},
+        "range": "8 bits, 0..255; PSNR of a frame: at most 100 dB",
         "alignment": "columns named aligned only: moved back by the measured shift, its border cut",
         "mean": "over frames, then over seeds, then over clips; intervals: 95 %, bootstrap over clips",
         "config": asdict(cfg),
@@ -337,14 +348,16 @@ def make_stamp(cfg, clips, rows, device):
 def table(rows, titles):
     """The rows as aligned text, without empty columns; a row that was not made is a dash with its reason."""
     columns = {k: v for k, v in COLUMNS.items() if any(values[k] is not None for values in rows.values())}
-    lines = [["", *(heading for heading, _, _ in columns.values())]]
-    for row, values in rows.items():
-        cells = ["-" if values[k] is None else f"{values[k]:.{digits}f}" for k, (_, _, digits) in columns.items()]
-        lines.append([titles[row], *cells] if "reason" not in values else [titles[row], "-", values["reason"]])
-    wide = [max(len(line[i]) for line in lines if len(line) == len(lines[0])) for i in range(len(lines[0]))]
-    wide[0] = max(map(len, titles.values()))
-    return "\n".join("  ".join([line[0].ljust(wide[0]), *map(str.rjust, line[1:], wide[1:])]) if len(line) > 3 else
-                     f"{line[0].ljust(wide[0])}  {line[1].rjust(wide[1])}  {line[2]}" for line in lines)
+    cells = {row: ["-" if values[k] is None else f"{values[k]:.{digits}f}" for k, (_, _, digits) in columns.items()]
+             for row, values in rows.items()}
+    headings, first = [heading for heading, _, _ in columns.values()], max(map(len, titles.values()))
+    wide = [max(map(len, column)) for column in zip(headings, *cells.values(), strict=True)]
+
+    def line(title, cells):
+        return "  ".join([title.ljust(first), *map(str.rjust, cells, wide)])
+    return "\n".join([line("", headings), *(
+        f"{line(titles[row], ['-'])}  {values['reason']}" if "reason" in values else line(titles[row], cells[row])
+        for row, values in rows.items())])
 
 
 # ----------------------------------------------------------------------------
@@ -352,7 +365,8 @@ def table(rows, titles):
 
 
 def named(root, *inside):
-    """{name: path} of the videos, pictures and folders of frames under root; one of the folders `inside` goes first.
+    """{name: path} of the videos, pictures and folders of frames under root, itself one if its pictures are numbered.
+    One of the folders `inside` goes first.
 
     DOVE's data sets have GT-Video/ (lossless) beside GT/ (frames), LQ-Video/ beside LQ/.
     """
@@ -361,11 +375,18 @@ def named(root, *inside):
         raise SystemExit(f"{root}: no such file or folder")
     if not root.is_dir():
         return {root.stem: root}
-    found = {p.stem: p for p in media.files_in(root, media.VIDEOS | media.IMAGES)}
-    folders = {p.name: p for p in sorted(root.iterdir()) if p.is_dir() and media.files_in(p, media.IMAGES)}
-    if not found | folders:
+    files = media.files_in(root, media.VIDEOS | media.IMAGES)
+    if files and media.numbered(files):
+        return {root.resolve().name: root}                      # the frames of one clip, as for infer.py
+    found = {}
+    for path in [*files, *(p for p in sorted(root.iterdir()) if p.is_dir() and media.files_in(p, media.IMAGES))]:
+        name = path.name if path.is_dir() else path.stem
+        if name in found:
+            raise SystemExit(f"{path}: {found[name].name} has the same name; which one is meant? Move one away")
+        found[name] = path
+    if not found:
         raise SystemExit(f"{root}: no videos, pictures or folders of frames")
-    return found | folders
+    return found
 
 
 def read_frames(path):
@@ -383,6 +404,18 @@ def read_frames(path):
     return np.stack(frames), lossy
 
 
+def differences(pred, hr):
+    """What is wrong with an output as a whole, in words: another clip, another range, moved."""
+    dy, dx = metrics.shift(pred, hr)
+    moved = math.hypot(dy, dx) > 0.25
+    gain, offset = metrics.levels(*metrics.unshift(pred, hr, (dy, dx)) if moved else (pred, hr))
+    if not 0.5 < gain < 2 and hr.std() > 1:
+        return [f"its brightness goes with {gain:.2f} x that of its truth: is it the same clip?"]
+    squeezed = not 0.93 < gain < 1.08 and (gain < 1) == (offset > 0)
+    return ([f"brightness is {gain:.2f} x truth {offset:+.0f}: full for video range?"] if squeezed else []) + (
+        [f"{dx:+.1f} px right, {dy:+.1f} px down of its truth; see the aligned scores"] if moved else [])
+
+
 def read_outputs(cfg):
     """(clips as in read_clips, with pred, and hr or lr None where not given; warnings)."""
     paths, truths, inputs = named(cfg.pred), {}, {}
@@ -392,7 +425,8 @@ def read_outputs(cfg):
         inputs = named(cfg.lr, "LQ-Video", "LQ")
     if len(paths) == 1:                                         # one output: the other files may have other names
         truths, inputs = (dict(zip(paths, x.values(), strict=False)) if len(x) == 1 else x for x in (truths, inputs))
-    clips, warnings = [], []
+    clips, unused = [], sorted(set(truths) - set(paths))
+    warnings = [f"{cfg.gt}: nothing was made of {', '.join(unused)}; the means are over the others"] if unused else []
     for name, path in paths.items():
         for root, others in ((cfg.gt, truths), (cfg.lr, inputs)):
             if root and name not in others:
@@ -405,16 +439,14 @@ def read_outputs(cfg):
         if hr is not None and hr.shape != pred.shape:
             raise SystemExit(f"{path}: {pred.shape[2]}x{pred.shape[1]}, its ground truth {hr.shape[2]}x{hr.shape[1]}; "
                              "nothing is cut to fit")
+        if lr is not None and ((scale := pred.shape[1] // lr.shape[1]) < 1 or
+                               (scale * lr.shape[1], scale * lr.shape[2]) != pred.shape[1:3]):
+            raise SystemExit(f"{path}: {pred.shape[2]}x{pred.shape[1]} is no multiple of its input, "
+                             f"{lr.shape[2]}x{lr.shape[1]}; give the input that it was made of")
         warnings += [f"{p}: a lossy file; the scores include what its codec lost"
                      for p, (_, lossy) in zip(files[:2], read[:2], strict=True) if lossy]
         if hr is not None:
-            dy, dx = metrics.shift(pred, hr)
-            gain, offset = metrics.levels(*metrics.unshift(pred, hr, (dy, dx))) if math.hypot(dy, dx) > 0.25 else \
-                metrics.levels(pred, hr)
-            if not 0.93 < gain < 1.08 and (gain < 1) == (offset > 0):
-                warnings.append(f"{path}: brightness is {gain:.2f} x truth {offset:+.0f}: full for video range?")
-            if math.hypot(dy, dx) > 0.25:
-                warnings.append(f"{path}: {dx:+.1f} px right, {dy:+.1f} px down of its truth; see the aligned scores")
+            warnings += [f"{path}: {what}" for what in differences(pred, hr)]
         fps = media.video_info(path)["fps"] if path.suffix.lower() in media.VIDEOS else infer.FPS
         clips.append(dict(name=name, path=path, fps=fps, hr=hr, lr=lr, pred=pred))
     return clips, warnings
@@ -453,6 +485,8 @@ def make(cfg, device):
 
 
 def main(cfg):
+    if cfg.seam < 16 or cfg.chunk < 1 or cfg.seeds < 1:
+        raise SystemExit("--seam: 16 pixels at least; --chunk and --seeds: 1 at least")
     device = common.setup()[2]
     common.keep_memory()
     out = Path(cfg.out, "report")
@@ -479,6 +513,7 @@ def main(cfg):
         for clip, value, (_, curves) in zip(clips, values, seeds[0], strict=True):
             result["per_clip"][clip["name"]][row] = value
             result["per_frame"][clip["name"]][row] = curves
+    warnings += [f"no {COLUMNS[k][0]}: {why}" for k, why in absent.items() if cfg.extra]
     result = plain(result | {"stamp": make_stamp(cfg, clips, rows, device)})
     out.mkdir(parents=True, exist_ok=True)
     (out / "metrics.json").write_text(json.dumps(result, indent=2, allow_nan=False))

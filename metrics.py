@@ -63,15 +63,14 @@ def downscale(x, size):
 
 
 def psnr(a, b, channel="rgb"):
-    """Peak signal-to-noise ratio, 10 log10(255^2 / MSE) in dB, per frame, then averaged; equal frames: inf.
+    """Peak signal-to-noise ratio, 10 log10(255^2 / MSE) in dB, per frame, then averaged; equal frames: 100.
 
     channel: "rgb" (one MSE over all three) or "y" (see luma). Above 40 dB one sees no difference.
     """
     same_size(a, b)
     error = luma(a) - luma(b) if channel == "y" else np.subtract(a, b, dtype=np.int16).astype(np.float32)
     mse = np.square(error).reshape(len(a), -1).mean(axis=1, dtype=np.float64)
-    with np.errstate(divide="ignore"):
-        return float(np.mean(10 * np.log10(255**2 / mse)))
+    return float(np.mean(10 * np.log10(255**2 / np.maximum(mse, 255**2 * 1e-10))))     # one equal frame is not inf
 
 
 def ssim(a, b):

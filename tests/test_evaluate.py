@@ -38,8 +38,8 @@ def run(tmp_path, monkeypatch):
 
     def load(path, part, device):
         def upscaler(lr, steps=1, w=0.0, seed=0):
-            calls.append((str(path), part, steps, w))
-            frames = np.clip(evaluate.upscale_bicubic(lr).astype(int) + steps, 0, 255).astype(np.uint8)
+            calls.append((str(path), part, steps, w, seed))
+            frames = np.clip(evaluate.upscale_bicubic(lr).astype(int) + steps + 2 * seed, 0, 255).astype(np.uint8)
             return data.to_tensor(frames)
         return upscaler
 
@@ -64,7 +64,7 @@ def test_numbers_pages_and_cache(run, tmp_path, capsys):
 
     # each row used its own checkpoint, part and steps
     w = evaluate.Config().cfg_w
-    assert [c[2:] for c in calls] == [(6, w)] * 2 + [(1, w)] * 2 + [(1, 0.0)] * 4
+    assert [c[2:4] for c in calls] == [(6, w)] * 2 + [(1, w)] * 2 + [(1, 0.0)] * 4
     assert [c[:2] for c in calls[::2]] == [("out/stage0/last.pt", "ema")] * 2 + [
         ("out/stage1/last.pt", "student"), ("out/stage3/last.pt", "student")]
 
@@ -211,6 +211,10 @@ def test_outputs_in_doves_folders(outside, tmp_path, capsys):
     assert values["lr_consistency"] > 10 and values["seam"] > 0 and values["chunk"] > 0
     assert values["musiq"] is None and "--extra" in result["absent"]["musiq"]
     assert {"crop", "channel", "range", "alignment", "versions", "commit", "command"} <= set(result["stamp"])
+    channel = result["stamp"]["channel"]
+    rgb = {"psnr", "psnr_aligned", "lr_consistency", *evaluate.EXTRA}
+    assert {k for k, v in channel.items() if v == "RGB"} == rgb and channel["vmaf"] == "Y of BT.709"
+    assert channel["psnr_y"] == channel["ssim"] == channel["niqe"] == "Y of BT.601"
     assert "musiq" not in capsys.readouterr().out.lower()       # no empty columns
     page = (tmp_path / "out/report/report.html").read_text()
     assert '"pred": "output"' in page and "{{" not in page
@@ -262,7 +266,18 @@ def test_extra_metrics_that_are_installed(outside, monkeypatch):
     assert read()["rows"]["pred"]["lpips"] is None and read()["rows"]["pred"]["musiq"] > 0
 
 
-def test_extra_metrics_that_are_absent(outside, monkeypatch):
+def test_an_extra_metric_that_fails_while_it_measures(outside, monkeypatch, capsys):
+    def fails(*frames):
+        raise RuntimeError("frames are too small")
+    fails.metric_mode = "NR"
+    monkeypatch.setitem(sys.modules, "pyiqa", SimpleNamespace(create_metric=lambda name: fails))
+    outside.extra = True
+    evaluate.main(outside)
+    assert read()["absent"]["musiq"] == "frames are too small" and read()["rows"]["pred"]["psnr"] > 0
+    assert "no MUSIQ: frames are too small" in capsys.readouterr().out
+
+
+def test_extra_metrics_that_are_absent(outside, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "pyiqa", None)
     monkeypatch.setitem(sys.modules, "dover_scorer", None)
     outside.extra = True
@@ -270,13 +285,50 @@ def test_extra_metrics_that_are_absent(outside, monkeypatch):
     absent = read()["absent"]
     assert "pip install pyiqa" in absent["musiq"] and "dover_scorer.py" in absent["dover"]
     assert all(read()["rows"]["pred"][name] is None for name in evaluate.EXTRA)
+    for where in (capsys.readouterr().out, open("out/report/report.html").read()):
+        assert "no MUSIQ: pyiqa is not installed: pip install pyiqa" in where and "no DOVER: " in where
 
 
-def test_one_file_without_truth_or_input(outside):
+def test_one_file_without_truth_or_input(outside, tmp_path):
     outside.pred, outside.gt, outside.lr = "up/a.mkv", "", ""
     evaluate.main(outside)
     values = read()["rows"]["pred"]
     assert values["psnr"] is None and values["flicker"] is not None
+    media.write_image(tmp_path / "one.png", texture(0, 64, 64))                 # too small for every number
+    outside.pred = "one.png"
+    evaluate.main(outside)
+    assert (tmp_path / "out/report/report.html").exists()
+
+
+def test_numbered_pictures_are_one_clip(outside, tmp_path):
+    for folder, offset in (("pngs", 5), ("truth", 0)):
+        for t, frame in enumerate(media.read_video("set/GT-Video/a.mkv")):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            media.write_image(tmp_path / folder / f"{t:06d}.png", frame + np.uint8(offset))
+    outside.pred, outside.lr = "pngs", ""
+    for outside.gt in ("truth", "set/GT-Video/a.mkv"):          # as infer.py writes them; against pictures, and a video
+        evaluate.main(outside)
+        assert list(read()["per_clip"]) == ["pngs"] and len(read()["per_frame"]["pngs"]["pred"]["psnr"]) == FRAMES
+        assert read()["rows"]["pred"]["psnr"] == pytest.approx(20 * np.log10(255 / 5), abs=1e-3)
+
+
+def test_a_frame_that_equals_its_truth_has_a_number(outside, tmp_path):
+    hr = media.read_video("set/GT-Video/a.mkv")
+    out = hr + np.uint8(3)
+    out[0] = hr[0]
+    media.write_video(tmp_path / "up/a.mkv", out, 24)
+    evaluate.main(outside)
+    assert read()["per_frame"]["a"]["pred"]["psnr"][0] == 100 and "at most 100 dB" in read()["stamp"]["range"]
+    assert read()["rows"]["pred"]["psnr"] > 40
+
+
+def test_what_misleads_is_named(outside, tmp_path):
+    media.write_video(tmp_path / "up/a.mkv", np.stack([texture(7, 96, 128)] * FRAMES), 24)      # another clip
+    (tmp_path / "up/b.mkv").unlink()
+    evaluate.main(outside)
+    warnings = " ".join(read()["warnings"])
+    assert "nothing was made of b" in warnings and "is it the same clip?" in warnings
+    assert "px right" not in warnings and "video range" not in warnings
 
 
 def test_shift_is_named_and_undone(outside, tmp_path):
@@ -315,6 +367,18 @@ def test_what_cannot_be_compared_is_refused(outside, tmp_path):
     refused("128x94, its ground truth 128x96")
     (tmp_path / "up/a.mkv").rename(tmp_path / "up/c.mkv")
     refused("nothing named c")
+    (tmp_path / "up/c.mkv").rename(tmp_path / "up/a.mkv")
+    media.write_video(tmp_path / "up/a.mkv", hr, 24)
+    media.write_video(tmp_path / "up/a.mp4", hr, 24)
+    refused("a.mp4: a.mkv has the same name")
+    (tmp_path / "up/a.mp4").unlink()
+    for side in (20, 200):
+        for t in range(FRAMES):
+            media.write_image(tmp_path / f"set/LQ/a/{t}.png", texture(0, side, side))
+        refused("no multiple of its input")
+    outside.seam = 0
+    refused("--seam: 16")
+    outside.seam = 16
     outside.pred = "nowhere"
     refused("nowhere: no such")
     outside.pred, outside.gt, outside.lr = "up/b.mkv", "", ""
@@ -332,5 +396,10 @@ def test_seeds_give_a_mean_and_a_spread(run):
     cfg.seeds = 2
     evaluate.main(cfg)
     result = read()
-    assert len(calls) == 2 * 8 and result["over_seeds"]["stage1"]["psnr"] == 0      # the stand-in knows no seed
+    assert len(calls) == 2 * 8 and [c[4] for c in calls] == [0, 0, 1, 1] * 4
+    hr = [media.read_video(f"val/{name}.mkv")[:, :64] for name in "ab"]
+    made = [[metrics.psnr(media.read_video(f"out/report/clips/{name}_stage1{seed}.mkv"), x)
+             for name, x in zip("ab", hr, strict=True)] for seed in ("", "_seed1")]
+    assert result["over_seeds"]["stage1"]["psnr"] == pytest.approx(np.std(np.mean(made, 1), ddof=1), rel=1e-4) != 0
+    assert result["rows"]["stage1"]["psnr"] == pytest.approx(np.mean(made), rel=1e-5)
     assert result["over_seeds"]["bicubic"]["psnr"] is None

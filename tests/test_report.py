@@ -33,10 +33,23 @@ addEventListener("load", async () => {
   seen.dragged = section.querySelector("input").value;
   seen.after = pixel(stage, 90, 8);
   seen.loupe = pixel(section.querySelectorAll(".near")[0], 30, 30);
-  key("ArrowRight"); await wait(); seen.right = frame();
+  seen.steps = [pixel(stage, 40, 8)];
+  key("ArrowRight"); await wait(); seen.right = frame(); seen.steps.push(pixel(stage, 40, 8));
+  section.querySelector(".next").click(); await wait(); seen.steps.push(pixel(stage, 40, 8));
+  section.querySelector(".back").click(); await wait(); seen.steps.push(pixel(stage, 40, 8));
   key("ArrowLeft"); key("ArrowLeft"); await wait(); seen.left = frame();
   key("ArrowLeft", true); await wait(); seen.shifted = section.querySelector("input").value;
+  const near = section.querySelectorAll(".near")[1], before = near.toDataURL();
+  key("j"); await wait(); seen.moved = near.toDataURL() !== before;
+  const left = near.toDataURL(); key("i"); await wait(); seen.up = near.toDataURL() !== left;
+  key("k"); key("l"); await wait(); seen.back = near.toDataURL() === before;
   const sides = () => [".left", ".right"].map(s => section.querySelector(s).value);
+  seen.chosen = [];
+  for (const row of ["HR", "bicubic"]) {
+    section.querySelector(".left").value = row;
+    section.querySelector(".left").dispatchEvent(new Event("change")); await wait();
+    seen.chosen.push(pixel(stage, 40, 8));
+  }
   seen.sides = sides(); key("s"); seen.swapped = sides();
   key("p"); await new Promise(done => setTimeout(done, 400)); key("p"); seen.played = frame();
   seen.legend = section.querySelector(".legend").textContent;
@@ -51,38 +64,63 @@ addEventListener("load", async () => {
 """
 
 
-def write_report(path, frames=5):
-    """Two clips of solid colours: red, green and blue for the three rows."""
+def write_report(path, frames=5, titles=ROWS, lr=True):
+    """Two clips of solid colours, brighter by 5 levels a frame: red, green and blue for the rows."""
     def clip(i):
-        rows = {row: np.stack([texture(i, 96, 160) // 8 + np.uint8(t) for t in range(frames)]) for row in ROWS}
-        for channel, row in enumerate(ROWS):
+        rows = {row: np.stack([texture(i, 128, 160) // 8 + np.uint8(5 * t) for t in range(frames)]) for row in titles}
+        for channel, row in enumerate(titles):
             rows[row][..., channel] += 200
-        return {"LR": rows["bicubic"][:, ::4, ::4]} | rows
+        return ({"LR": rows["bicubic"][:, ::4, ::4]} if lr else {}) | rows
     names = ["first clip", "second clip"]
     values = dict.fromkeys(evaluate.COLUMNS) | {"psnr": 20.0, "niqe": 5.0}
-    result = {"rows": {row: values for row in ROWS}, "warnings": ["a </script> that warns"],
-              "per_frame": {n: {row: {"psnr": [20.0 + t + k for t in range(frames)]} for k, row in enumerate(ROWS)}
+    result = {"rows": {row: values for row in titles}, "warnings": ["a </script> that warns"],
+              "per_frame": {n: {row: {"psnr": [20.0 + t + k for t in range(frames)]} for k, row in enumerate(titles)}
                             for n in names},
               "stamp": {"commit": "abc", "device": "cpu"}}
-    report.write_html(path, names, [clip(0), clip(1)], ROWS, evaluate.COLUMNS, result)
+    report.write_html(path, names, [clip(0), clip(1)], titles, evaluate.COLUMNS, result)
 
 
-@pytest.mark.skipif(not CHROMIUM, reason="needs chromium: apt-get install chromium")
+def drive(folder, script, size="1280,900"):
+    """What a script that runs in folder/report.html leaves in <pre id=seen>."""
+    page = (folder / "report.html").read_text()
+    (folder / "driven.html").write_text(page.replace("</html>", f"<script>{script}</script></html>"))
+    done = subprocess.run([CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={size}",
+                           "--virtual-time-budget=10000", "--dump-dom", f"file://{folder}/driven.html"],
+                          capture_output=True, text=True, timeout=120)
+    return json.loads(re.search(r'<pre id="seen">(.*?)</pre>', done.stdout)[1])
+
+
+browser = pytest.mark.skipif(not CHROMIUM, reason="needs chromium: apt-get install chromium")
+
+
+@browser
+def test_a_page_without_inputs(tmp_path):
+    write_report(tmp_path / "report.html", titles={"pred": "output", "HR": "ground truth"}, lr=False)
+    sides = """addEventListener("load", () => setTimeout(() => { const out = document.createElement("pre");
+      out.id = "seen"; const pen = document.querySelector(".stage").getContext("2d");
+      out.textContent = JSON.stringify([document.querySelector(".left").value, document.querySelector(".right").value,
+        ...[40, 120].map(x => [...pen.getImageData(x, 8, 1, 1).data])]);
+      document.body.append(out); }, 250));"""
+    left, right, first, second = drive(tmp_path, sides)
+    assert (left, right) == ("HR", "pred") and first[1] > first[0] + 100 and second[0] > second[1] + 100
+
+
+@browser
 @pytest.mark.parametrize("size", ["1280,900", "390,844"])
 def test_what_a_reader_does(tmp_path, size):
     write_report(tmp_path / "report.html")
-    page = (tmp_path / "report.html").read_text()
-    (tmp_path / "driven.html").write_text(page.replace("</html>", f"<script>{SCRIPT}</script></html>"))
-    done = subprocess.run([CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={size}",
-                           "--virtual-time-budget=10000", "--dump-dom", f"file://{tmp_path}/driven.html"],
-                          capture_output=True, text=True, timeout=120)
-    seen = json.loads(re.search(r'<pre id="seen">(.*?)</pre>', done.stdout)[1])
+    seen = drive(tmp_path, SCRIPT, size)
     assert seen["start"] == ["frame 3 of 5", "500"]
     assert int(seen["dragged"]) == pytest.approx(900, abs=5)
     red, green = seen["after"], seen["before"]                  # bicubic left of the divider, stage III right of it
     assert green[1] > green[0] + 100 and red[0] > red[1] + 100 and seen["loupe"][0] > seen["loupe"][1] + 100
     assert (seen["right"], seen["left"]) == ("frame 4 of 5", "frame 2 of 5")
     assert int(seen["shifted"]) == int(seen["dragged"]) - 20
+    brightness = [sum(p) for p in seen["steps"]]                # the pictures change, not the number alone
+    assert brightness[0] + 6 < brightness[1] == brightness[3] < brightness[2] - 6
+    assert seen["moved"] and seen["up"] and seen["back"]
+    hr, bicubic = seen["chosen"]
+    assert hr[2] > hr[0] + 100 and bicubic[0] > bicubic[2] + 100
     assert seen["sides"] == ["bicubic", "stage3"] and seen["swapped"] == ["stage3", "bicubic"]
     assert seen["played"] != seen["left"] and seen["clicked"] == "frame 5 of 5"
     assert "ground truth" in seen["legend"] and seen["xt"] == 4 and seen["wide"]
