@@ -24,6 +24,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 
 import imageio_ffmpeg
@@ -318,10 +319,18 @@ def plain(x):
     return x
 
 
+def version(package):
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
 def make_stamp(cfg, clips, rows, device):
     """What someone needs to make the same numbers, or to see why theirs differ."""
     ffmpeg = subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-version"], capture_output=True, text=True)
     about = [{"name": c["path"].name, "sha256": data.sha256(c["path"]) if c["path"].is_file() else None,
+              **{f"{k}_file": str(c[f"{k}_file"]) for k in ("hr", "lr") if c.get(f"{k}_file")},
               "frames": f"0..{len(c.get('pred', c['hr'])) - 1}", "size": c.get("pred", c["hr"]).shape[2:0:-1],
               **{f"{k}_sha256": sha256(c[k]) for k in ("pred", "hr", "lr") if c.get(k) is not None}} for c in clips]
     seeds = [f"{cfg.seed}, clip {i}" for i in range(len(clips))]
@@ -338,7 +347,7 @@ def make_stamp(cfg, clips, rows, device):
         "mean": "over frames, then over seeds, then over clips; intervals: 95 %, bootstrap over clips",
         "config": asdict(cfg),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
-                     "ffmpeg": ffmpeg.stdout.split()[2]},
+                     "ffmpeg": ffmpeg.stdout.split()[2], "pyiqa": version("pyiqa")},
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "commit": common.commit(),
         "command": " ".join(sys.argv),
@@ -448,7 +457,7 @@ def read_outputs(cfg):
         if hr is not None:
             warnings += [f"{path}: {what}" for what in differences(pred, hr)]
         fps = media.video_info(path)["fps"] if path.suffix.lower() in media.VIDEOS else infer.FPS
-        clips.append(dict(name=name, path=path, fps=fps, hr=hr, lr=lr, pred=pred))
+        clips.append(dict(name=name, path=path, fps=fps, hr=hr, lr=lr, pred=pred, hr_file=files[1], lr_file=files[2]))
     return clips, warnings
 
 
@@ -514,7 +523,10 @@ def main(cfg):
             result["per_clip"][clip["name"]][row] = value
             result["per_frame"][clip["name"]][row] = curves
     warnings += [f"no {COLUMNS[k][0]}: {why}" for k, why in absent.items() if cfg.extra]
-    result = plain(result | {"stamp": make_stamp(cfg, clips, rows, device)})
+    stamp = make_stamp(cfg, clips, rows, device)
+    for about, clip in zip(stamp["clips"], clips, strict=True):
+        about["shift"] = {row: values["shift"] for row, values in result["per_clip"][clip["name"]].items()}
+    result = plain(result | {"stamp": stamp})
     out.mkdir(parents=True, exist_ok=True)
     (out / "metrics.json").write_text(json.dumps(result, indent=2, allow_nan=False))
     print(*(f"warning: {w}" for w in warnings), sep="\n", end="\n" if warnings else "")

@@ -211,6 +211,9 @@ def test_outputs_in_doves_folders(outside, tmp_path, capsys):
     assert values["lr_consistency"] > 10 and values["seam"] > 0 and values["chunk"] > 0
     assert values["musiq"] is None and "--extra" in result["absent"]["musiq"]
     assert {"crop", "channel", "range", "alignment", "versions", "commit", "command"} <= set(result["stamp"])
+    first = result["stamp"]["clips"][0]
+    assert (first["name"], first["hr_file"], first["lr_file"]) == ("a.mkv", "set/GT-Video/a.mkv", "set/LQ/a")
+    assert first["shift"]["pred"] == result["per_clip"]["a"]["pred"]["shift"]
     channel = result["stamp"]["channel"]
     rgb = {"psnr", "psnr_aligned", "lr_consistency", *evaluate.EXTRA}
     assert {k for k, v in channel.items() if v == "RGB"} == rgb and channel["vmaf"] == "Y of BT.709"
