@@ -1,7 +1,7 @@
 """Run the arms of one ablation from the same stage I checkpoint, over several seeds, and say which arm beats which.
 
     python ablate.py streams                                    # or stages, features, ratio, init, dpo, edits
-    python ablate.py streams --seeds 1 --steps 2 --max_clips 1 --out out/look         # all in little; its own stage I
+    python ablate.py streams --seeds 1 --steps 2 --max_clips 1 --out out/look         # a look, after a whole stage I
     python ablate.py streams --resume                           # after Ctrl-C or a crash; also: only the tables again
 
 Every arm is a call of the stages' own main: the same clips, noise seed, later stages and number of student updates;

@@ -3,7 +3,7 @@
     python infer.py samples/lr/apple.mp4 out.mp4                # with the student that ships
     python infer.py in.mov out.mkv --ckpt out/tiny/stage2/last.pt
     python infer.py frames/ upscaled/ --scale 2                 # numbered pictures are the frames of one clip
-    python infer.py in.mp4 out.mp4 --ckpt weights/tiny_teacher.pt --part ema --steps 50 --w 2    # the slow teacher
+    python infer.py in.mp4 out.mp4 --ckpt weights/tiny_teacher.pt --part ema --steps 50 --w 0.5  # the slow teacher
 
 INPUT    a video, a picture, a folder of videos, of pictures, or of the numbered frames of one clip (24 per second).
 OUTPUT   .mp4 or .mov: H.264, tagged bt709. .mkv: FFV1, lossless. .png: a picture. No ending: a folder, of PNGs or

@@ -13,6 +13,9 @@
     N tokens = T * H/2 * W/2      D model width     h heads                     K = D / h
     latents (B, C, T, H, W)   video (B, 3, F, p H, p W) in [-1, 1]   tokens (B, N, D)   t (B,)
 
+    NAMES
+    cfg is the Config of a run; cfg_w, cfg_net, cfg_target and the part "cfg" are of classifier-free guidance
+
 DiT is the Wan2.1 block at every size, under Wan's own parameter names (Wan-Video/Wan2.1, wan/modules/model.py), with
 twice the input channels: the noisy latent and the latent of the upsampled low-resolution video, [z_t, z_lr].
 At the presets tiny and small its output is added to a velocity that needs no network (linear_velocity).
@@ -32,7 +35,7 @@ from einops import rearrange
 from torch.utils.checkpoint import checkpoint
 
 NULL, POSITIVE, NEGATIVE = 0, 1, 2      # prompt ids: no text, high quality, low quality
-AGAINST = NEGATIVE                      # the "null" of guidance, what it leaves: NULL [paper], NEGATIVE [SeedVR]
+AGAINST = NEGATIVE                      # the "null" of guidance, what it moves away from; NULL [paper]
 
 # learned: prompts are parameters; otherwise they are read from a file. residual: adds to linear_velocity
 # rope: base of the rotary frequencies. A short head has few: 10000 would leave it 1, 0.16, 0.03, ... radians a token

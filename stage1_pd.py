@@ -10,10 +10,10 @@ Reads   out/<preset>/stage0/last.pt (ema), or weights/tiny_teacher.pt if there i
 Writes  out/<preset>/stage1/last.pt: cfg (guided multi-step model, the real score of stage II), student (one step),
         vae, and what --resume needs; log.jsonl, panel.png, loss.png.
 
-Differs from the paper: (1) the loss compares velocities, not end points: end points weigh the steps of a shifted grid
-up to 541 : 1 (pd_space = "z" is the paper's); (2) guidance is (1 + w) v(c) - w v(null): the factor w on the second
-term is missing in a public summary of the paper, and without it c = null would not give v(null); (3) "null" is the
-low-quality prompt (AGAINST in model.py): in the small teacher no text at all hardly differs from the good prompt.
+Differs from the paper: (1) the loss compares velocities, not end points, which would weigh the steps of a grid of 64
+up to 541 : 1 at shift 5 (pd_space = "z" is the paper's); (2) guidance is (1 + w) v(c) - w v(null): the factor w on
+the second term is missing in a public summary of the paper, and without it c = null would not give v(null); (3) "null"
+is the low-quality prompt (AGAINST in model.py): in the small teacher no text at all hardly differs from the good one.
 """
 from copy import deepcopy
 from dataclasses import dataclass
@@ -138,11 +138,11 @@ def main(cfg):
     out_dir = f"{cfg.out}/stage1"
     if rank == 0:
         common.start_run(out_dir, cfg)
-    bank, clip = data.training_bank(cfg, rank, cfg.latents)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
     # teacher: whom the student imitates now; student: trained; cfg_net: the student as CFG distillation left it
     teacher, vae, _ = M.load_checkpoint(M.teacher_file(cfg), "ema", device, finished=True)
+    bank, clip = data.training_bank(cfg, rank, cfg.latents)
     student = deepcopy(teacher).requires_grad_(True)
     student.checkpointing = cfg.checkpointing
     cfg_net = deepcopy(teacher)

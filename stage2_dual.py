@@ -15,6 +15,9 @@ Differs from the paper: (1) L_DMD carries the factor 1/2 of DMD2, so that its gr
 itself (dmd_half = False drops it); (2) the real score is the CFG-distilled model, one pass for a guided prediction;
 (3) hinge logits per patch. What a public summary of the paper leaves open is marked [ours] or with its source.
 Only for comparison (ablate.py): regression in place of the streams, and a student that has not been through stage I.
+
+Names: z_0 is the student's output here, z_hr the latent of HR (z_0 in stages 0 and I); eps_in the noise the student
+starts from, eps the one that is added to z_0 at time t.
 """
 import json
 import math
@@ -55,7 +58,7 @@ class Config:
     features: str = "both"          # score models whose features the head reads: "both", "real", "fake" [paper: both]
     init: str = "stage1"            # where the student starts: "stage1" [paper], or "cfg", the CFG-distilled model
     steps: int = 40                 # student updates [not in the paper's summary; 2,000 to 4,000 at 1.3B: FastVideo]
-    aux_warmup: int = 150           # auxiliary updates before the first student update: the head needs 100 [ours]
+    aux_warmup: int = 150           # auxiliary updates before the first student update [ours: LOG.md]
     aux_per_student: int = 3        # auxiliary updates (fake score, head) per student update [paper]
     w_dmd: float = 1.0              # weight of L_DMD [paper]
     w_gan: float = 0.1              # weight of L_G [paper]
@@ -84,8 +87,8 @@ PRESETS = {                         # the first one is the default
     "small": dict(model="small", out="out/small", clips=4000, batch=16, steps=1000, aux_warmup=200, lr=2e-5,
                   lr_fake=4e-5, lr_head=1e-4, log_every=10, save_every=100),
     "wan1.3b": dict(model="wan1.3b", out="out/wan1.3b", clips=2000, batch=1, accumulate=8, steps=2000, aux_warmup=200,
-                    shift=5.0, lr=2e-6, lr_fake=2e-6, lr_head=1e-5, clip_norm=10.0, checkpointing=True, log_every=10,
-                    save_every=100),
+                    shift=5.0, real_w=2.0, lr=2e-6, lr_fake=2e-6, lr_head=1e-5, clip_norm=10.0, checkpointing=True,
+                    log_every=10, save_every=100),
 }
 
 BLURRED, GRAINY = 0.6, 1.2          # shares of the detail of HR at which verdicts speak of blur and of grain [ours]
@@ -217,7 +220,6 @@ def main(cfg):
     out_dir = f"{cfg.out}/stage2"
     if rank == 0:
         common.start_run(out_dir, cfg)
-    bank, clip = data.training_bank(cfg, rank, cfg.latents)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
     # real: frozen score model; fake: trained score model, a multi-step model like real, from which it starts;
@@ -226,6 +228,7 @@ def main(cfg):
     student, vae, _ = M.load_checkpoint(f"{cfg.out}/stage1/last.pt", source, device, finished=True)
     fake, _, _ = M.load_checkpoint(f"{cfg.out}/stage1/last.pt", "cfg", device, finished=True)
     real = M.load_checkpoint(M.teacher_file(cfg), "ema", device)[0] if cfg.real_score == "teacher" else deepcopy(fake)
+    bank, clip = data.training_bank(cfg, rank, cfg.latents)
     if device.type == "cuda":
         M.halve(real)
     average = deepcopy(student)
@@ -289,9 +292,9 @@ def main(cfg):
         for k in range((cfg.aux_per_student if step >= 0 else 1) if scored(cfg) else 0):
             opt_fake.zero_grad(), opt_head.zero_grad()
             for part in range(rank, parts, world):
-                z_hr, z_lr, eps = begin(step, k, part)
+                z_hr, z_lr, eps_in = begin(step, k, part)
                 with torch.no_grad(), autocast:
-                    z_0 = M.one_step(student, eps, z_lr)
+                    z_0 = M.one_step(student, eps_in, z_lr)
                 t, eps = noise(z_0, part)
                 z_t = M.add_noise(z_0, eps, t)
                 with common.accumulating(part + world >= parts, fake_ddp, head_ddp):
@@ -326,10 +329,10 @@ def main(cfg):
         done = step + 1
         logs = done % cfg.log_every == 0 or done == cfg.steps
         for part in range(rank, parts, world):
-            z_hr, z_lr, eps = begin(step, cfg.aux_per_student, part)
+            z_hr, z_lr, eps_in = begin(step, cfg.aux_per_student, part)
             with common.accumulating(part + world >= parts, student_ddp):
                 with autocast:
-                    z_0 = M.one_step(student_ddp, eps, z_lr)
+                    z_0 = M.one_step(student_ddp, eps_in, z_lr)
                 losses = {}
                 if "mse" in active:
                     losses["mse"] = cfg.w_mse * F.mse_loss(z_0, z_hr)
@@ -383,15 +386,15 @@ def main(cfg):
                 common.log(out_dir, bar, done, **values)
         if rank == 0 and (done % cfg.save_every == 0 or done == cfg.steps):
             common.save(f"{out_dir}/last.pt", cfg, "stage2", done, cfg.steps, **saved)
-            z_hr, z_lr, eps = data.panel_batch(bank, vae, clip, cfg.seed, device)
+            z_hr, z_lr, eps_in = data.panel_batch(bank, vae, clip, cfg.seed, device)
             with torch.no_grad():
                 with autocast:
-                    z_0 = M.one_step(average, eps, z_lr)
+                    z_0 = M.one_step(average, eps_in, z_lr)
                 t = torch.full((len(z_0),), 0.5, device=device)
                 z_t = M.add_noise(z_0, torch.randn_like(z_0), t)
                 x_real, x_fake = (M.to_x0(z_t, score(net, z_t, t, z_lr)[0], t) for net in (real, fake))
             rows = spatial_offsets(lambda z_t, t, z_lr=z_lr: M.to_x0(z_t, score(real, z_t, t, z_lr)[0], t),
-                                   z_0, z_hr, vae, torch.randn_like(eps))    # not the noise that made z_0
+                                   z_0, z_hr, vae, torch.randn_like(z_0))    # not the noise that made z_0
             path = f"{out_dir}/offsets.jsonl"
             before = [x for x in map(json.loads, open(path)) if x["step"] < done] if os.path.exists(path) else []
             with open(path, "w") as f:

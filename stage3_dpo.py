@@ -12,8 +12,8 @@ Writes  out/<preset>/stage3/pairs.pt, the ranked pairs, used again if they are t
 
 Differs from the paper: (1) the scorer is an offline proxy unless DOVER or a pyiqa metric is installed and named;
 (2) training happens at t = 1, the only time at which the student is ever run, with fresh noise that both members of
-a pair share (dpo_t = "uniform" is the formula as printed); (3) there the loss is linear in the student's output and
-has no minimum, so an anchor to the stage II student is added (anchor = 0 takes it away).
+a pair share (dpo_t = "uniform" is the formula as printed); (3) there dpo_inside is linear in the student's output, and
+the loss falls for ever along winner - loser: an anchor to the stage II student is added (anchor = 0 takes it away).
 """
 import json
 import os
@@ -59,7 +59,7 @@ class Config:
     beta_mode: str = "constant"     # "constant", or "flow": beta (1 - t)^2, which is 0 at t = 1 [Flow-DPO]
     anchor: float = 1.0             # times beta / (4 alpha), on |x - x_ref|^2; 0: none [ours]
     alpha: float = 0.25             # how far the anchor lets the output move, as a share of winner - loser [ours]
-    own_noise: bool = False         # replay each candidate's own noise: a lesson, it teaches (nearly) nothing
+    own_noise: bool = False         # replay each candidate's own noise: errors and gradient start at 0
     log_every: int = 5              # steps between log lines
     save_every: int = 20            # steps between checkpoints and panels
 
@@ -68,7 +68,7 @@ PRESETS = {                         # the first one is the default
     "tiny":  dict(),
     "small": dict(model="small", out="out/small", clips=4000, batch=8, pairs=400, candidates=6, steps=300, lr=2e-6,
                   save_every=100),
-    "wan1.3b": dict(model="wan1.3b", out="out/wan1.3b", clips=2000, batch=1, accumulate=4, pairs=2000, steps=1000,
+    "wan1.3b": dict(model="wan1.3b", out="out/wan1.3b", clips=2000, batch=1, accumulate=4, pairs=4000, steps=1000,
                     lr=5e-6, lora=64, checkpointing=True, save_every=100),
 }
 
@@ -198,12 +198,12 @@ def main(cfg):
     out_dir = f"{cfg.out}/stage3"
     if rank == 0:
         common.start_run(out_dir, cfg)
-    bank, clip = data.training_bank(cfg, rank)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
     # the student and its frozen reference: where it starts
     source = f"{cfg.out}/stage2/last.pt"
     student, vae, _ = M.load_checkpoint(source, "student", device, finished=True)
+    bank, clip = data.training_bank(cfg, rank)
     reference = deepcopy(student)
     student.requires_grad_(True)
     student.checkpointing = cfg.checkpointing
@@ -230,7 +230,7 @@ def main(cfg):
     pairs = torch.load(path, map_location="cpu", weights_only=True)
     distance = (pairs["win"].float() - pairs["lose"].float()).square().mean(dim=(1, 2, 3, 4))
     beta = cfg.dpo_beta or choose_beta(distance, cfg.alpha)
-    lam = cfg.anchor * beta / (4 * cfg.alpha)
+    lam = cfg.anchor * beta / (4 * cfg.alpha)       # beta / 2 (w - l) and 2 lam (x - x_ref) are equal at alpha (w - l)
 
     start = common.continue_from(f"{out_dir}/last.pt", cfg, saved)
     ddp, parts = common.parallel(student, world), world * cfg.accumulate
