@@ -191,6 +191,11 @@ def continue_from(path, cfg, parts):
     return state["step"]
 
 
+def check_batch(cfg):
+    if min(cfg.batch, cfg.accumulate) < 1:
+        raise SystemExit("batch and accumulate: at least 1")
+
+
 def start_run(out_dir, cfg):
     """Make out_dir and write run.json (config, command, commit, versions).
 
@@ -199,8 +204,7 @@ def start_run(out_dir, cfg):
     last = f"{out_dir}/last.pt"
     if min(cfg.log_every, cfg.save_every) < 1:
         raise SystemExit("log_every and save_every: at least 1")
-    if min(cfg.batch, cfg.accumulate) < 1:
-        raise SystemExit("batch and accumulate: at least 1")
+    check_batch(cfg)
     if os.path.exists(last) and not cfg.resume:
         raise SystemExit(f"{last} exists: add --resume to continue it, or name another --out")
     os.makedirs(out_dir, exist_ok=True)

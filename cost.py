@@ -9,6 +9,7 @@ attention in F, d = 1 + 1.5 a and b = 2 + 0.5 a. Activation checkpointing adds F
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+import common
 import data
 import model as M
 
@@ -26,10 +27,14 @@ def forward_flops(name, shape):
     return total, 4 * tokens ** 2 * row["dim"] * row["layers"] / total
 
 
-def saved_bytes(name, trained):
-    """Bytes a token that one block keeps for its backward under bf16 autocast: of its weights too, or of its input."""
+def saved_bytes(name, kept, lora=0):
+    """Bytes a token that one block keeps for its backward under bf16 autocast. kept: "trained": of its weights too;
+    "adapted": of adapters of rank `lora`; "input": of its input alone."""
     row, sizes = M.MODELS[name], []
-    block = M.Block(row["dim"], row["heads"], row["ffn"]).requires_grad_(trained)
+    net = M.DiT(**row | dict(layers=1)).requires_grad_(kept == "trained")
+    if kept == "adapted":
+        M.LoRA(net, lora)
+    block, = net.blocks
     for tokens in (64, 128):                                            # in their difference weights and prompt cancel
         seen = {}                                                       # storage: (bytes, the tensor, kept alive)
 
@@ -50,6 +55,7 @@ def report(title, cfg, passes, clips=1):
     row, clip = M.MODELS[cfg.model], data.CLIPS[cfg.model]
     side = clip["crop"] // M.vae_class(cfg.model).stride
     tokens = clip["window"] * side * side // 4
+    common.check_batch(cfg)
     with torch.device("meta"):
         net = M.build(cfg.model)
         count, adapters = sum(p.numel() for p in net.parameters()), 0
@@ -71,8 +77,10 @@ def report(title, cfg, passes, clips=1):
         for key, value in zip(total, (nominal, flops, size), strict=True):
             total[key] += value
     # graphs that are alive at once: the one of a full pass, and one for each network that passes a gradient on
-    graphs = [True] * any(full for *_, full in passes.values()) + [False] * sum(i > 0 for _, _, i, _ in passes.values())
-    block = [samples * tokens * saved_bytes(cfg.model, trained) for trained in graphs]
+    graphs = ["trained"] * any(full for *_, full in passes.values()) + [
+        "adapted" if kept == "adapted" else "input" for kept, _, to_input, _ in passes.values() if to_input]
+    per_token = {kind: saved_bytes(cfg.model, kind, getattr(cfg, "lora", 0)) for kind in set(graphs)}
+    block = [samples * tokens * per_token[kind] for kind in graphs]
     inputs = samples * tokens * 4 * row["dim"] * row["layers"]
     kept = sum(inputs if again else row["layers"] * b for b in block) + again * max(block)
     total["bytes"] += kept

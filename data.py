@@ -446,6 +446,12 @@ class Clips:
             raise ValueError(f"{path}: no shot of {self.frames} frames")
         self.shots += shots
 
+    def stamp(self):
+        """What the pixels of a clip are made from: seed, degradation, and name, size and time of every file used."""
+        files = sorted({p for p, _, _ in self.shots} | set(self.photos))
+        files = [(str(p.relative_to(self.folder)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+        return [self.seed, asdict(self.strength), files]
+
     def __len__(self):
         """Clips that do not overlap in time, and one for each photograph; any index is valid, though."""
         return sum((b - a) // self.frames for _, a, b in self.shots) + len(self.photos)
@@ -494,9 +500,7 @@ class Bank:
             raise ValueError(f"crop of {crop} px: take a multiple of {SCALE}, at most the clips' {clips.size}")
         self.n, self.crop_size, self.seed = n, crop, clips.seed
         self.shapes = [(clips.frames, s, s, 3) for s in (clips.size, clips.size // SCALE)]
-        files = sorted({p for p, _, _ in clips.shots} | set(clips.photos))
-        files = [(str(p.relative_to(clips.folder)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
-        key = json.dumps([BANK_FORMAT, n, clips.seed, epoch, self.shapes, asdict(clips.strength), files])
+        key = json.dumps([BANK_FORMAT, n, epoch, self.shapes, clips.stamp()])
         self.path = Path(cache_dir) / f"bank-{hashlib.sha256(key.encode()).hexdigest()[:16]}.bin"
         row = sum(math.prod(s) for s in self.shapes)
         if not self.path.exists():
@@ -686,20 +690,25 @@ def prepare_latents(path, folder, model, vae, count, seed=0, device="cpu", save_
     clips = Clips(folder, clip["frames"], clip["size"], clip["strength"], seed)
     side, T = clip["crop"] // vae.stride, (clip["frames"] - 1) // 4 + 1
     about = {"model": model, "shape": (3, vae.channels, T, side, side), "count": count, "done": 0,
-             "vae": vae.state_dict(), "vae_id": fingerprint(vae), "source": [str(folder), seed, len(clips)]}
+             "vae": vae.state_dict(), "vae_id": fingerprint(vae), "source": json.dumps([BANK_FORMAT, clips.stamp()])}
+    size = 2 * count * math.prod(about["shape"])
     if Path(f"{path}.pt").exists():
         before = read_latents_about(path)
         if any(before[k] != about[k] for k in ("model", "shape", "count", "vae_id", "source")):
-            raise SystemExit(f"{path}: made with other settings or another video code; name another file")
-        about = before
+            raise SystemExit(f"{path}: made with other settings, media or another video code; name another file")
+        if Path(path).exists() and Path(path).stat().st_size == size:      # if not, its rows are lost: start again
+            about = before
     elif Path(path).exists():
         raise SystemExit(f"{path} exists and is no file of latents: name another")
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
 
     def note():
         torch.save(about, f"{path}.pt.tmp")
         os.replace(f"{path}.pt.tmp", f"{path}.pt")
-    note()
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        note()
+    except (OSError, RuntimeError) as error:                # RuntimeError: torch.save's, of a folder it cannot write to
+        raise SystemExit(f"{path}: cannot be written ({str(error).splitlines()[0]})") from None
     rows = np.memmap(path, np.float16, "r+" if Path(path).exists() else "w+", shape=(count, *about["shape"]))
     for i in tqdm(range(about["done"], count), f"latents of {folder}", initial=about["done"], total=count):
         rng = np.random.default_rng([seed, i])
@@ -776,19 +785,22 @@ def write_prompts(encoder, out, positive=POSITIVE_PROMPT, negative=NEGATIVE_PROM
     text_encoder and tokenizer. Raises SystemExit in one line.
     """
     try:
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
         from transformers import AutoTokenizer, UMT5EncoderModel
     except ImportError:
         raise SystemExit("prompts need transformers and safetensors: pip install -r requirements-wan.txt") from None
-    if not Path(out).absolute().parent.is_dir():
-        raise SystemExit(f"{out}: its folder does not exist")
+    if not Path(out).absolute().parent.is_dir() or Path(out).is_dir():
+        raise SystemExit(f"{out}: name a file in a folder that exists")
     pipeline = Path(encoder, "text_encoder").is_dir()
+    if pipeline and not Path(encoder, "tokenizer").is_dir():
+        raise SystemExit(f"{encoder}: has text_encoder/ but no tokenizer/; download that folder too")
     try:
         tokenizer = AutoTokenizer.from_pretrained(Path(encoder, "tokenizer") if pipeline else encoder)
         net, report = UMT5EncoderModel.from_pretrained(Path(encoder, "text_encoder") if pipeline else encoder,
                                                        dtype=torch.bfloat16, output_loading_info=True)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0][:120]
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0][:120]
         raise SystemExit(f"{encoder}: no UMT5 encoder with its tokenizer ({reason})") from None
     if report["missing_keys"]:
         raise SystemExit(f"{encoder}: not the weights of a UMT5 encoder; missing: {min(report['missing_keys'])} and "
@@ -820,6 +832,8 @@ def main(argv=None):
     if args.command == "prepare" and args.latents:
         if not args.vae:
             parser.error("--latents needs --vae: the video code that encodes")
+        if args.clips < 1:
+            parser.error("--clips: at least 1")
         if args.device != "cpu" and not torch.cuda.is_available():
             parser.error(f"--device {args.device}: not available")
         prepare_latents(args.latents, args.data, args.model, open_vae(args.model, args.vae).to(args.device), args.clips,

@@ -689,10 +689,10 @@ def load_wan(net, path):
     Prompts are not in these files (read_prompts). Raises SystemExit with the first keys that do not fit.
     """
     found = {key.removeprefix("model.diffusion_model."): x for key, x in read_tensors(path, "transformer").items()}
-    if "proj_out.weight" in found:
+    if any(key.startswith("condition_embedder.") for key in found):
         found = {wan_name(key): x for key, x in found.items()}
     first, wide = found.get("patch_embedding.weight"), net.patch_embedding.in_channels
-    if first is not None and 2 * first.shape[1] == wide:
+    if first is not None and first.ndim == 5 and 2 * first.shape[1] == wide:
         found["patch_embedding.weight"] = torch.cat([first, torch.zeros_like(first)], dim=1)
     fill(net, found, path, given=("prompts", "residual"))
 

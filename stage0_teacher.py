@@ -128,11 +128,13 @@ def start_networks(cfg, bank, device):
 
 
 def check(cfg):
+    """Every file that is needed is named, and none that would not be read."""
     base = not M.MODELS[cfg.model]["learned"] and not cfg.init
-    missing = [name for name in ("weights", "vae", "prompts") if base and not vars(cfg)[name]]
-    if cfg.latents and "vae" in missing:
-        missing.remove("vae")
-    if missing:
+    wanted = [name for name in ("weights", "vae", "prompts") if base and not (name == "vae" and cfg.latents)]
+    if unread := [name for name in ("weights", "vae", "prompts") if vars(cfg)[name] and name not in wanted]:
+        why = "--init has it" if cfg.init else "--latents has it" if base else f"{cfg.model} starts from scratch"
+        raise SystemExit(f"--{', --'.join(unread)}: not read here ({why}); leave it out")
+    if missing := [name for name in wanted if not vars(cfg)[name]]:
         raise SystemExit(f"{cfg.model} starts from Wan2.1: name --{', --'.join(missing)} (README, \"The real base\")")
 
 

@@ -7,6 +7,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -603,12 +605,24 @@ def test_accumulated_passes_train_as_one_large_batch(chain, tmp_path, monkeypatc
         assert (one - two).norm() < 1e-3 * one.norm(), part
 
 
-def test_checkpointing_changes_memory_not_numbers(chain, tmp_path):
-    cfg = fork(chain, stage2, tmp_path, ["stage0", "stage1"], checkpointing=True)
-    stage2.main(cfg)
-    plain, again = (checkpoint(c, "stage2") for c in (chain[stage2], cfg))
-    for part in ("net", "fake", "head"):
-        assert_equal(plain[part], again[part], part)
+def test_checkpointing_changes_memory_not_numbers(chain, tmp_path, monkeypatch):
+    """And it is used, in every stage, by every block of every network that is under grad."""
+    checkpointed = Counter()
+
+    def spy(block, *args, **how):
+        checkpointed[id(block)] += 1
+        return torch.utils.checkpoint.checkpoint(block, *args, **how)
+    monkeypatch.setattr(M, "checkpoint", spy)
+    blocks = M.MODELS["tiny"]["layers"]
+    for k, stage, parts, networks in ((0, stage0, ("net", "ema"), 1), (1, stage1, ("student", "cfg"), 1),
+                                      (2, stage2, ("net", "fake", "head"), 3), (3, stage3, ("student",), 1)):
+        cfg = fork(chain, stage, tmp_path / str(k), [f"stage{i}" for i in range(k)], checkpointing=True)
+        checkpointed.clear()
+        stage.main(cfg)
+        assert len(checkpointed) == networks * blocks, stage
+        plain, again = (checkpoint(c, f"stage{k}") for c in (chain[stage], cfg))
+        for part in parts:
+            assert_equal(plain[part], again[part], part)
 
 
 def test_dpo_through_adapters(chain, tmp_path):
@@ -627,7 +641,7 @@ def test_dpo_through_adapters(chain, tmp_path):
     assert_equal(checkpoint(whole, "stage3")["student"], checkpoint(cfg, "stage3")["student"])
 
 
-def test_stages_train_on_cached_latents(chain, tmp_path, footage, capsys):
+def test_stages_train_on_cached_latents(chain, tmp_path, footage, monkeypatch):
     """Encoded once, interrupted and gone on with, the latents are those of the clips; every stage takes them."""
     vae = M.load_checkpoint(f"{chain[stage0].out}/stage0/last.pt", "ema")[1]
     path = str(tmp_path / "latents.bin")
@@ -635,14 +649,29 @@ def test_stages_train_on_cached_latents(chain, tmp_path, footage, capsys):
                "--vae", f"{chain[stage0].out}/stage0/last.pt"])
     whole = np.fromfile(path, np.float16)
     about = data.read_latents_about(path)
-    with open(path, "r+b") as file:                                     # killed after 2 of 5
-        file.seek(whole.nbytes * 2 // 5)
-        file.write(bytes(whole.nbytes * 3 // 5))
-    torch.save(about | {"done": 2}, f"{path}.pt")
-    with pytest.raises(SystemExit, match="2 of 5 clips"):
-        data.LatentBank(path, "tiny")
-    data.prepare_latents(path, footage, "tiny", vae, 5)
-    assert np.array_equal(np.fromfile(path, np.float16), whole)
+    encode, calls = vae.encode, []
+
+    def until(n):
+        def spy(video):
+            calls.append(1)
+            if len(calls) > n:
+                raise KeyboardInterrupt
+            return encode(video)
+        calls.clear()
+        return spy
+    for lost in (lambda: (os.remove(path), os.remove(f"{path}.pt")), lambda: os.remove(path),
+                 lambda: os.truncate(path, 100)):                       # what lost its rows is made again, whole
+        lost()
+        monkeypatch.setattr(vae, "encode", until(6))                    # killed in the third clip, three videos each
+        with pytest.raises(KeyboardInterrupt):
+            data.prepare_latents(path, footage, "tiny", vae, 5, save_every=1)
+        with pytest.raises(SystemExit, match="2 of 5 clips"):
+            data.LatentBank(path, "tiny")
+        monkeypatch.setattr(vae, "encode", until(9))                    # the three that are left, not one more
+        data.prepare_latents(path, footage, "tiny", vae, 5)
+        assert np.array_equal(np.fromfile(path, np.float16), whole)
+    monkeypatch.setattr(vae, "encode", encode)
+    assert data.read_latents_about(path)["done"] == about["done"] == 5
     hr, lr = data.Clips(footage, 9, 48, "light").clip(0, 3)
     y, x = np.random.default_rng([0, 3]).integers(0, 5, 2)
     hr, lr = hr[:, 4 * y:4 * y + 32, 4 * x:4 * x + 32], lr[:, y:y + 8, x:x + 8]
@@ -666,6 +695,13 @@ def test_stages_train_on_cached_latents(chain, tmp_path, footage, capsys):
         data.prepare_latents(path, footage, "tiny", other, 5)
     with pytest.raises(SystemExit, match="not readable"):
         data.LatentBank(str(tmp_path / "nothing.bin"), "tiny")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="other settings, media"):
+        patch.setitem(data.STRENGTHS, "light", replace(data.LIGHT, kernel=(7, 7)))
+        data.prepare_latents(path, footage, "tiny", vae, 5)
+    with pytest.raises(SystemExit, match="cannot be written"):
+        data.prepare_latents("/proc/latents.bin", footage, "tiny", vae, 5)
+    with pytest.raises(SystemExit):
+        data.main(["prepare", "--latents", str(tmp_path / "none.bin"), "--vae", "x", "--clips", "0"])
     (tmp_path / "film.mkv").write_bytes(b"film")
     with pytest.raises(SystemExit, match="is no file of latents"):
         data.prepare_latents(str(tmp_path / "film.mkv"), footage, "tiny", vae, 5)

@@ -1,4 +1,6 @@
 """The real base: Wan2.1's weights in both layouts, and parity with diffusers' model of them."""
+import math
+
 import diffusers
 import pytest
 import torch
@@ -21,8 +23,22 @@ def reference(channels=16):
         with torch.no_grad():
             p.copy_(torch.randn_like(p) / (p[0].numel() ** 0.5 if p.ndim > 1 and "table" not in name else 2))
             p.add_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
-    net.condition_embedder.timesteps_proj.forward = M.sinusoid      # theirs is float32: 2e-5 off at t = 1000
+    net.condition_embedder.timesteps_proj.forward = exact_time      # theirs is float32: 2e-5 off at t = 1000
     return net.eval()
+
+
+def exact_time(t):
+    """diffusers' sinusoid for flip_sin_to_cos, no shift of frequencies, in float64 and one by one."""
+    rows = [[f(x * math.exp(-math.log(10000) * i / 128)) for f in (math.cos, math.sin) for i in range(128)]
+            for x in t.double().tolist()]
+    return torch.tensor(rows)
+
+
+def test_time_is_embedded_in_float64():
+    t = torch.tensor([0.0, 1.0, 437.0, 999.7])
+    assert (M.sinusoid(t) - exact_time(t)).abs().max() < 1e-6           # in float32: 1e-5 and more
+    theirs = diffusers.models.embeddings.Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
+    assert (theirs(t) - exact_time(t)).abs().max() < 2e-4
 
 
 @pytest.fixture(scope="module")
@@ -56,12 +72,18 @@ def test_outputs_are_those_of_diffusers(pair, shape, t, words):
         assert difference(*pair, *inputs(shape, t, words)) < TOLERANCE
 
 
-def test_gradients_are_those_of_diffusers(pair):
+@pytest.mark.parametrize("shape, t, words", [((3, 4, 6), 700, 12), ((1, 6, 4), 0, 2), ((2, 4, 8), 1000, 5)])
+def test_gradients_are_those_of_diffusers(pair, shape, t, words):
     ref, net = pair
-    z, t, z_lr, text = inputs((3, 4, 6), 700)
-    weight = torch.randn_like(z)
-    (ref(z, 1000 * t, text, return_dict=False)[0] * weight).sum().backward()
-    (net(z, t, z_lr, text) * weight).sum().backward()
+    z, t, z_lr, text = inputs(shape, t, words)
+    weight, grads = torch.randn_like(z), []
+    for model, at, rest in ((ref, 1000 * t, (text,)), (net, t, (z_lr, text))):
+        model.zero_grad()
+        x = z.clone().requires_grad_(True)
+        out = model(x, at, *rest)
+        ((out if model is net else out.sample) * weight).sum().backward()
+        grads.append(x.grad)
+    assert (grads[1] - grads[0]).norm() <= 2e-4 * grads[0].norm()
     ours = dict(net.named_parameters())
     for name, p in ref.named_parameters():
         grad = ours[M.wan_name(name)].grad
@@ -92,15 +114,38 @@ def test_the_original_layout_loads(pair, tmp_path):
             assert key == "prompts" or torch.equal(x, net.state_dict()[key]), key
 
 
-def test_names_of_all_825_tensors():
+def public_shapes():
+    """{name in Wan-AI/Wan2.1-T2V-1.3B's own file: shape}, written out from that file, not from our network."""
+    D, ffn = 1536, 8960
+    linear = {"text_embedding.0": (D, 4096), "text_embedding.2": (D, D), "time_embedding.0": (D, 256),
+              "time_embedding.2": (D, D), "time_projection.1": (6 * D, D), "head.head": (64, D)}
+    plain = {"head.modulation": (1, 2, D)}
+    for i in range(30):
+        at = f"blocks.{i}."
+        linear |= {f"{at}{a}_attn.{x}": (D, D) for a in ("self", "cross") for x in "qkvo"}
+        linear |= {f"{at}ffn.0": (ffn, D), f"{at}ffn.2": (D, ffn)}
+        plain |= {f"{at}{a}_attn.norm_{x}.weight": (D,) for a in ("self", "cross") for x in "qk"}
+        plain |= {f"{at}norm3.weight": (D,), f"{at}norm3.bias": (D,), f"{at}modulation": (1, 6, D)}
+    plain |= {"patch_embedding.weight": (D, 16, 1, 2, 2), "patch_embedding.bias": (D,)}
+    return plain | {f"{k}.weight": x for k, x in linear.items()} | {f"{k}.bias": x[:1] for k, x in linear.items()}
+
+
+@pytest.mark.parametrize("layout", ["original", "diffusers"])
+def test_all_825_tensors_load_at_the_real_size(monkeypatch, layout):
     with torch.device("meta"):
-        ours = M.build("wan1.3b")
+        net = M.build("wan1.3b")
         theirs = diffusers.WanTransformer3DModel(num_attention_heads=12, attention_head_dim=128, num_layers=30,
-                                                 ffn_dim=8960)
-    shapes = {M.wan_name(k): v.shape for k, v in theirs.named_parameters()}
-    want = {k: v.shape for k, v in ours.named_parameters()}
-    assert len(shapes) == 825 and shapes.pop("patch_embedding.weight") == (1536, 16, 1, 2, 2)
-    assert want.pop("patch_embedding.weight") == (1536, 32, 1, 2, 2) and shapes == want
+                                                 ffn_dim=8960).state_dict()
+        shapes = public_shapes() if layout == "original" else {k: tuple(x.shape) for k, x in theirs.items()}
+        tensors = {k: torch.empty(shape) for k, shape in shapes.items()}
+        assert len(tensors) == 825
+        monkeypatch.setattr(M, "read_tensors", lambda path, part: dict(tensors))
+        M.load_wan(net, "wan")                                          # strict: raises for any other name or shape
+        with pytest.raises(SystemExit, match="missing: blocks.7"):
+            del tensors[next(k for k in tensors if k.startswith("blocks.7."))]
+            M.load_wan(net, "wan")
+    # what no shape of a weight tells
+    assert net.blocks[0].self_attn.heads == 12 and net.rope == 10000 and net.residual is None
 
 
 def test_other_files_are_refused(pair, tmp_path):
