@@ -742,9 +742,19 @@ from tests.test_stages import *
 shrink()
 configs = constants({out!r}, {footage!r})
 end, common.cleanup = common.cleanup, lambda: None              # a group cannot be made twice in one process
+DDP, wrapped = common.DistributedDataParallel, []
+
+def spy(net, **how):
+    wrapped.append(DDP(net, **how))
+    return wrapped[-1]
+common.DistributedDataParallel = spy
 for stage, cfg in configs.items():
     cfg.batch, cfg.resume = {batch}, {resume}
     stage.main(cfg)
+    common.barrier()                                            # real stages begin when all of the last one have ended
+    if torch.distributed.is_initialized():                      # of stage II student, fake score and head
+        assert len(wrapped) == (3 if stage is stage2 else 1) and not any(x.find_unused_parameters for x in wrapped)
+    wrapped.clear()
 end()
 """
 
