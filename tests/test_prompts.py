@@ -1,4 +1,5 @@
 """data.py prompts: the tensors of a text encoder for model.read_prompts, with a tiny random one."""
+import os
 import shutil
 import sys
 
@@ -67,7 +68,8 @@ def test_prompts_refuse_in_one_line(text_model, tmp_path, monkeypatch):
             function(*args)
         assert "\n" not in stop.value.code
     refused("no UMT5 encoder with its tokenizer", data.write_prompts, str(tmp_path), tmp_path / "p.safetensors")
-    refused("folder does not exist", data.write_prompts, str(folder), tmp_path / "none" / "p.safetensors")
+    for out in (tmp_path / "none" / "p.safetensors", tmp_path):
+        refused("name a file in a folder that exists", data.write_prompts, str(folder), out)
     data.write_prompts(str(folder), tmp_path / "p.safetensors")
     refused(r"prompts \(3, 512, 16\), the model wants \(3, 512, 4096\)", M.read_prompts, tmp_path / "p.safetensors")
     save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
@@ -80,6 +82,10 @@ def test_prompts_refuse_in_one_line(text_model, tmp_path, monkeypatch):
               broken / "text_encoder" / "model.safetensors", {"format": "pt"})
     refused("missing: encoder.block.0.layer.1.DenseReluDense.wi_0.weight and 0 more", data.write_prompts, str(broken),
             tmp_path / "p.safetensors")
+    os.truncate(broken / "text_encoder" / "model.safetensors", 1000)
+    refused("no UMT5 encoder with its tokenizer", data.write_prompts, str(broken), tmp_path / "p.safetensors")
+    shutil.rmtree(broken / "tokenizer")
+    refused("no tokenizer/; download", data.write_prompts, str(broken), tmp_path / "p.safetensors")
     monkeypatch.setitem(sys.modules, "transformers", None)
     refused("pip install -r requirements-wan.txt", data.write_prompts, str(folder), tmp_path / "p.safetensors")
 
