@@ -48,17 +48,17 @@ class Config:
     lora: int = 0                   # rank of the adapters that are trained alone; 0: all weights [VideoAlign: 64]
     checkpointing: bool = False     # keep the inputs of blocks alone and compute the rest twice: less memory
     dry_run: bool = False           # print what a step costs, in passes, FLOPs and memory, and stop
-    pairs: int = 16                 # LR clips for which candidates are made [paper: 2,000 pairs]
+    pairs: int = 24                 # LR clips for which candidates are made [paper: 2,000 pairs]
     candidates: int = 4             # outputs per LR clip [not in the paper's summary]
     scorer: str = "proxy"           # "proxy", "dover", or "pyiqa:<metric>" [paper: DOVER]
     margin: float = 0.5             # share of the pairs kept, those whose scores differ most [ours]
-    steps: int = 40                 # optimiser steps [paper: 1,000]
-    lr: float = 5e-5                # learning rate [ours; 1e-5 moved nothing in 50 steps]
+    steps: int = 60                 # optimiser steps [paper: 1,000]
+    lr: float = 2e-4                # learning rate [ours; 1e-5 moved nothing in 50 steps]
     dpo_t: str = "one"              # "one": t = 1; "uniform": t ~ U(0, 1), the formula as printed [paper]
     dpo_beta: float = 0.0           # beta of the mean-reduced loss; 0: 2 / (alpha median |winner - loser|^2) [ours]
     beta_mode: str = "constant"     # "constant", or "flow": beta (1 - t)^2, which is 0 at t = 1 [Flow-DPO]
     anchor: float = 1.0             # times beta / (4 alpha), on |x - x_ref|^2; 0: none [ours]
-    alpha: float = 0.25             # how far the anchor lets the output move, as a share of winner - loser [ours]
+    alpha: float = 4.0              # the anchor lets the output move by alpha E[winner - loser | LR] [ours: LOG.md]
     own_noise: bool = False         # replay each candidate's own noise: errors and gradient start at 0
     log_every: int = 5              # steps between log lines
     save_every: int = 20            # steps between checkpoints and panels
@@ -67,9 +67,9 @@ class Config:
 PRESETS = {                         # the first one is the default
     "tiny":  dict(),
     "small": dict(model="small", out="out/small", clips=4000, batch=8, pairs=400, candidates=6, steps=300, lr=2e-6,
-                  save_every=100),
+                  alpha=0.25, save_every=100),
     "wan1.3b": dict(model="wan1.3b", out="out/wan1.3b", clips=2000, batch=1, accumulate=4, pairs=4000, steps=1000,
-                    lr=5e-6, lora=64, checkpointing=True, save_every=100),
+                    lr=5e-6, lora=64, checkpointing=True, alpha=0.25, save_every=100),
 }
 
 # ----------------------------------------------------------------------------
