@@ -79,7 +79,7 @@ def report(title, cfg, passes, clips=1):
     # graphs that are alive at once: the one of a full pass, and one for each network that passes a gradient on
     graphs = ["trained"] * any(full for *_, full in passes.values()) + [
         "adapted" if kept == "adapted" else "input" for kept, _, to_input, _ in passes.values() if to_input]
-    per_token = {kind: saved_bytes(cfg.model, kind, getattr(cfg, "lora", 0)) for kind in set(graphs)}
+    per_token = {kind: saved_bytes(cfg.model, kind, vars(cfg).get("lora", 0)) for kind in set(graphs)}
     block = [samples * tokens * per_token[kind] for kind in graphs]
     inputs = samples * tokens * 4 * row["dim"] * row["layers"]
     kept = sum(inputs if again else row["layers"] * b for b in block) + again * max(block)
