@@ -86,7 +86,8 @@ ARMS = {
         "one-free": Arm("t = 1, no anchor", three=dict(anchor=0.0)),
         "uniform": Arm("t uniform", three=dict(dpo_t="uniform")),
         "uniform-free": Arm("uniform, no anchor", three=dict(dpo_t="uniform", anchor=0.0)),
-        "own-noise": Arm("own noise", three=dict(own_noise=True)),      # must do nothing: see stage3_dpo.py
+        "own-noise": Arm("own noise", three=dict(own_noise=True)),      # a saddle, left at alpha > 1/2: stage3_dpo.py
+        "own-noise-held": Arm("own noise, alpha = 0.25", three=dict(own_noise=True, alpha=0.25)),     # must do nothing
     },
     "edits": {"none": Arm("as it is")} | {                              # one line of stage2_dual.py each, to discuss
         name: Arm(f"{field} = {value!r}", {field: value}) for name, (field, value) in {
@@ -135,20 +136,30 @@ def evaluation(args):
 # statistics
 
 
-def gain(metric, a, b):
-    """By how much value a is better than b: positive for higher PSNR, lower NIQE, a grid closer to 1."""
+def gain(metric, a, b, grid=1.0):
+    """By how much value a is better than b: positive for higher PSNR, lower NIQE, a grid closer to that of HR."""
     direction = evaluate.COLUMNS[metric][1]
-    return {"up": a - b, "down": b - a, "one": abs(b - 1) - abs(a - 1)}[direction]
+    return {"up": a - b, "down": b - a, "one": abs(b - grid) - abs(a - grid)}[direction]
 
 
-def compare(a, b):
-    """{metric: (mean, lo, hi)} of the gain of arm a over arm b, a paired bootstrap over clips x seeds.
+def compare(a, b, grid=1.0):
+    """{metric: (mean, lo, hi)} of the gain of arm a over arm b and its 95 % interval, a paired bootstrap that draws
+    seeds and clips again (the pigeonhole bootstrap, Owen 2007): what belongs to a seed or a clip moves all its pairs.
 
-    a, b: {seed: {clip: {metric: number or None}}} with the same seeds and clips. None has no pair and is left out.
+    a, b: {seed: {clip: {metric: number or None}}} with the same seeds and clips; grid: that of HR. A metric that one
+    output lacks is nan. With 3 seeds and 4 clips of no difference at all 2 to 24 % of the intervals leave out 0,
+    depending on what varies (simulated, LOG.md); with 1 seed 19 to 70 %.
     """
-    pairs = [(a[k][c], b[k][c]) for k in a for c in a[k]]
-    return {m: metrics.bootstrap_mean([math.nan if x[m] is None or y[m] is None else gain(m, x[m], y[m])
-                                       for x, y in pairs]) for m in SHOWN}
+    seeds, clips, found = list(a), list(next(iter(a.values()))), {}
+    rng = np.random.default_rng(0)
+    k = rng.integers(len(seeds), size=(10_000, len(seeds), 1))
+    c = rng.integers(len(clips), size=(10_000, 1, len(clips)))
+    for m in SHOWN:
+        gains = np.array([[math.nan if None in (a[seed][clip][m], b[seed][clip][m]) else
+                           gain(m, a[seed][clip][m], b[seed][clip][m], grid) for clip in clips] for seed in seeds])
+        lo, hi = np.percentile(gains[k, c].mean(axis=(1, 2)), (2.5, 97.5))
+        found[m] = float(gains.mean()), float(lo), float(hi)
+    return found
 
 
 def sentence(a, b, found):
@@ -235,8 +246,17 @@ def finished(path):
     """Whether a checkpoint is there and its run came to its end."""
     if not os.path.exists(path):
         return False
-    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    return state["step"] >= state["total"]
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return state["step"] >= state["total"]
+    except Exception as error:
+        raise SystemExit(f"{path}: not a checkpoint of a stage ({type(error).__name__}); remove it") from None
+
+
+def put(path, text):
+    """Write a file that is there whole or not at all."""
+    Path(f"{path}.tmp").write_text(text)
+    os.replace(f"{path}.tmp", path)
 
 
 def link(source, target):
@@ -278,10 +298,12 @@ def prepare(args, folder, arms, key, seed):
     changed = [k for k, v in about.items() if before.get(k) != v]
     if changed:
         raise SystemExit(f"{run}: made with another {', '.join(changed)}; set it back, or remove {folder}")
-    note.write_text(json.dumps(about, indent=2))
+    put(note, json.dumps(about, indent=2))
     for name in ("stage0", "stage1"):
         link(f"{args.out}/{name}", run / name)
     for n in cfgs:
+        if (stage := run / f"stage{n}").is_symlink() and not stage.exists():
+            stage.unlink()                                      # into an ablation that was removed
         if same := twin(run, about, n):
             link(same, run / f"stage{n}")
     if 3 in cfgs and judge(arms, key) != key:                   # the same candidates, ranked once
@@ -323,7 +345,7 @@ def measure(cfg, clips, folder, run, key, arm, seed, pace, device):
             scores = list(pool.map(partial(evaluate.score, key, source, cfg=cfg, extra={}), made, clips))
         numbers = {clip["name"]: values for clip, (values, _) in zip(clips, scores, strict=True)}
         about = evaluate.plain({"stamp": stamp, "numbers": numbers})
-        note.write_text(json.dumps(about, indent=2))
+        put(note, json.dumps(about, indent=2))
         pace["score"] = time.perf_counter() - start
     return about["numbers"], [frames[len(frames) // 2][None] for frames, _ in made], source
 
@@ -332,14 +354,16 @@ def measure(cfg, clips, folder, run, key, arm, seed, pace, device):
 # what is written
 
 
-def table(name, arms, numbers, truth, cfg, clips):
-    """table.md: the arms, then a line for each pair of them. numbers: {arm: as in compare}; truth: {metric: number}."""
+def table(name, arms, numbers, truth, cfg, clips, trained):
+    """table.md: the arms, then a line for each pair of them. numbers: {arm: as in compare}; truth: {metric: number};
+    trained: the commits of the code that trained them."""
     seeds, quoted = len(next(iter(numbers.values()))), any(arm.paper for arm in arms.values())
-    heads = [evaluate.COLUMNS[m][0] + {"up": " (up)", "down": " (down)", "one": " (to 1)"}[evaluate.COLUMNS[m][1]]
+    heads = [evaluate.COLUMNS[m][0] + {"up": " (up)", "down": " (down)", "one": " (as HR's)"}[evaluate.COLUMNS[m][1]]
              for m in SHOWN] + [f"paper: {x}" for x in PAPER if quoted]
     lines = [f"# Ablation: {name}", "",
              f"{len(clips)} clips of {cfg.clips}, {cfg.frames} frames each, {cfg.strength} degradation, seeds 0 to "
-             f"{seeds - 1}; commit {common.commit()}. Mean over clips, then mean +- s.d. over seeds.", "",
+             f"{seeds - 1}; trained at commit {', '.join(trained) or '-'}, tabled at {common.commit()}. "
+             "Mean over clips, then mean +- s.d. over seeds.", "",
              "| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
     for key, arm in arms.items():
         cells = []
@@ -357,16 +381,16 @@ def table(name, arms, numbers, truth, cfg, clips):
                   "a summary of it, not comparable with the others."
                   + (" Its joint row is its I + II + III row." if name == "streams" else "")
                   + (" Its teacher takes 50 steps." if name == "stages" else "")]
-    lines += ["", "Clip by clip and seed by seed, gain of the better arm and its 95 % bootstrap interval over "
-              f"{len(clips)} x {seeds} pairs (those of a clip are not independent: intervals are too narrow):", ""]
-    lines += [f"- {sentence(arms[a].title, arms[b].title, compare(numbers[a], numbers[b]))}"
+    lines += ["", "Clip by clip and seed by seed, gain of the better arm and its 95 % interval, a bootstrap over "
+              f"{seeds} seeds and {len(clips)} clips (so few that it is too narrow: see `compare` in ablate.py):", ""]
+    lines += [f"- {sentence(arms[a].title, arms[b].title, compare(numbers[a], numbers[b], truth['grid'] or 1.0))}"
               for a, b in combinations(arms, 2)]
     return "\n".join(lines) + "\n"
 
 
-def write(args, folder, arms, numbers, truth, cfg, clips, about, rows, device):
+def write(args, folder, arms, numbers, truth, cfg, clips, about, rows, trained, device):
     """table.md and results.json of the seeds that are complete."""
-    (folder / "table.md").write_text(table(args.name, arms, numbers, truth, cfg, clips))
+    put(folder / "table.md", table(args.name, arms, numbers, truth, cfg, clips, trained))
     result = {"ablation": args.name, "arms": {}, "pairs": []}
     for key, arm in arms.items():
         over = spread(numbers[key])
@@ -375,11 +399,12 @@ def write(args, folder, arms, numbers, truth, cfg, clips, about, rows, device):
             "paper": dict(zip(PAPER, arm.paper, strict=False)), "mean": {m: x for m, (x, _) in over.items()},
             "sd": {m: x for m, (_, x) in over.items()}, "seeds": {str(k): v for k, v in numbers[key].items()}}
     for a, b in combinations(arms, 2):
-        found = compare(numbers[a], numbers[b])
+        found = compare(numbers[a], numbers[b], truth["grid"] or 1.0)
         result["pairs"].append({"a": a, "b": b, "gain": {m: dict(zip(("mean", "lo", "hi"), x, strict=True))
                                                          for m, x in found.items()}})
-    result |= {"ground_truth": truth, "options": vars(args), "stamp": evaluate.make_stamp(cfg, clips, rows, device)}
-    (folder / "results.json").write_text(json.dumps(evaluate.plain(result), indent=1, allow_nan=False))
+    stamp = evaluate.make_stamp(cfg, clips, rows, device) | {"trained": trained}
+    result |= {"ground_truth": truth, "options": vars(args), "stamp": stamp}
+    put(folder / "results.json", json.dumps(evaluate.plain(result), indent=1, allow_nan=False))
 
 
 # ----------------------------------------------------------------------------
@@ -402,8 +427,9 @@ def arguments(argv):
     cli.add_argument("--resume", action="store_true", help="go on; finished arms are not done again")
     args = cli.parse_args(argv)
     args.out = args.out or stage2.Config(**stage2.PRESETS[args.preset]).out
-    if args.seeds < 1 or (args.steps is not None and args.steps < 1):
-        raise SystemExit("seeds and steps: at least 1")
+    for name in ("seeds", "steps", "frames", "max_clips", "teacher_steps"):
+        if vars(args)[name] is not None and vars(args)[name] < 1:
+            raise SystemExit(f"{name}: at least 1")
     if not args.stage3 and args.name in ("stages", "dpo"):
         raise SystemExit(f"{args.name}: stage III is one of its arms")
     return args
@@ -432,7 +458,7 @@ def main(argv=None):
     # 2) seed by seed every arm; a table after each seed
     base = stage2.Config(**stage2.PRESETS[args.preset])
     pace, forward = {}, forward_seconds(first, base, device)
-    numbers, about, rows, shown = {key: {} for key in arms}, {}, {}, {}
+    numbers, about, rows, shown, trained = {key: {} for key in arms}, {}, {}, {}, set()
     for seed in range(args.seeds):
         for key, arm in arms.items():
             run, cfgs = prepare(args, folder, arms, key, seed)
@@ -445,12 +471,13 @@ def main(argv=None):
                 print(f"{args.name}, seed {seed}, {arm.title}: about "
                       f"{minutes(todo, key, calls, clips, base, pace, forward):.1f} minutes{known}", flush=True)
             train(run, todo, key, pace)
+            trained |= {json.loads((run / f"stage{n}/run.json").read_text())["commit"] for n in cfgs}
             found = measure(cfg, clips, folder, run, key, arm, seed, pace, device)
             numbers[key][seed], frames, rows[f"{key}, seed {seed}"] = found
             about[key] = about.get(key) or {f"stage{n}": asdict(c) for n, c in cfgs.items()}
             if seed == 0:
                 shown[key] = frames
-        write(args, folder, arms, numbers, truth, cfg, clips, about, rows, device)
+        write(args, folder, arms, numbers, truth, cfg, clips, about, rows, sorted(trained), device)
         if seed == 0:
             titles = {key: arm.title for key, arm in arms.items()} | {"HR": "high resolution"}
             for i, clip in enumerate(clips):

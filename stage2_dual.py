@@ -376,7 +376,8 @@ def main(cfg):
                                # what g should be, should dmd_gradient have been edited
                                g_want=(direction.abs().mean(axes) /
                                        (z_0 - x_real).abs().mean(axes).clamp_min(1e-5)).mean(),
-                               g_cosine=cosine(g, direction),
+                               # the gradient that reaches the student, or would, against that direction
+                               g_cosine=cosine(pull.get("dmd", g), direction),
                                lag=(v_fake - (eps - z_0)).square().mean() / (v_real - (eps - z_0)).square().mean(),
                                detail_real=detail(x_real, z_lr, z_hr))
             if {"dmd", "gan"} <= set(pull):
@@ -418,19 +419,21 @@ def verdicts(out_dir, offsets=()):
     words = [f"mean |g| of DMD {last['g_mean']:.2f}: " + ("healthy" if 0.1 < last["g_mean"] < 3 else
              "the fake score equals the real one" if last["g_mean"] <= 0.1 else "spikes; lower lr")]
     if last["g_cosine"] < 0:
-        words.append("g points from the fake score's x0 to the real one's: the sign of dmd_gradient is flipped")
+        words.append("DMD moves the student from the real score's x0 to the fake one's: a sign is flipped")
     if not 0.5 < last["g_mean"] / max(last["g_want"], 1e-9) < 2:
         words.append(f"g is not normalised: (x_fake - x_real) / mean |z_0 - x_real| would be {last['g_want']:.2g}")
     if last["skipped"] > 0.05:
         words.append(f"{last['skipped']:.0%} of samples skipped as spikes: see the real score's x0")
-    if last["lag"] > 0.99:
+    if "diff" not in last:
+        words.append("no auxiliary updates: the fake score stands still; raise aux_per_student")
+    elif last["lag"] > 0.99:
         words.append("the fake score knows the student no better than the real one: raise aux_per_student or lr_fake")
     if last["detail"] < BLURRED:
         words.append(f"the student adds {last['detail']:.0%} of HR's detail: a mean, not a sample; was stage I run?")
+    elif last["detail_real"] < BLURRED:                                 # of a blurred student it sees no more
+        words.append(f"the real score's x0 has {last['detail_real']:.0%} of HR's detail: blurred; lower t_max")
     if last["detail"] > GRAINY:
         words.append(f"the student adds {last['detail']:.0%} of HR's detail: grain; train longer, or lower cfg_w")
-    if last["detail_real"] < BLURRED:
-        words.append(f"the real score's x0 has {last['detail_real']:.0%} of HR's detail: blurred; lower t_max")
     if "pull_gan" in last and "d" in last:                              # without auxiliary updates there is no d
         words.append(f"hinge L_D {last['d']:.2f}: " + ("the head has won; lower lr_head" if last["d"] < 0.3 else
                      "the head has not learnt yet; raise aux_warmup" if last["d"] > 1.95 else "healthy"))
@@ -440,10 +443,14 @@ def verdicts(out_dir, offsets=()):
             words.append("the GAN pulls harder than DMD: halve w_gan")
     diffs = [line["diff"] for line in lines if "diff" in line]
     early, late = (sum(x) / max(1, len(x)) for x in (diffs[:len(diffs) // 2], diffs[len(diffs) // 2:]))
-    if len(diffs) >= 10 and late > 1.3 * early:
+    if len(diffs) >= 6 and late > 1.3 * early:
         words.append("the fake score lags behind the student: raise aux_per_student or lr_fake")
+    offsets = [row for row in offsets if None not in row.values()]
+    if offsets:
+        words.append("real score's x0 off HR, from the student's sample / from HR: " + ", ".join(
+            f"t = {row['t']}: {row['student']:.2f} / {row['hr']:.2f} px" for row in offsets))
     for row in offsets:
-        if None not in row.values() and row["student"] > row["hr"] + 0.3:
+        if row["student"] > row["hr"] + 0.3:
             words.append(f"at t = {row['t']} the real score draws the student's sample {row['student']:.1f} px off HR, "
                          f"HR itself {row['hr']:.1f} px: raise w_gan, which sees where HR's detail lies")
     return words

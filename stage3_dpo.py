@@ -59,7 +59,7 @@ class Config:
     beta_mode: str = "constant"     # "constant", or "flow": beta (1 - t)^2, which is 0 at t = 1 [Flow-DPO]
     anchor: float = 1.0             # times beta / (4 alpha), on |x - x_ref|^2; 0: none [ours]
     alpha: float = 4.0              # the anchor lets the output move by alpha E[winner - loser | LR] [ours: LOG.md]
-    own_noise: bool = False         # replay each candidate's own noise: errors and gradient start at 0
+    own_noise: bool = False         # replay each candidate's own noise: a saddle, see below
     log_every: int = 5              # steps between log lines
     save_every: int = 20            # steps between checkpoints and panels
 
@@ -71,6 +71,8 @@ PRESETS = {                         # the first one is the default
     "wan1.3b": dict(model="wan1.3b", out="out/wan1.3b", clips=2000, batch=1, accumulate=4, pairs=4000, steps=1000,
                     lr=5e-6, lora=64, checkpointing=True, alpha=0.25, save_every=100),
 }
+
+FAR = 0.25      # drift, as a share of |winner - loser|^2, at which a verdict speaks of it [ours]
 
 # ----------------------------------------------------------------------------
 # the maths of this stage
@@ -92,6 +94,10 @@ def dpo_inside(win, win_ref, lose, lose_ref, beta):
 def dpo_loss(inside):
     """L_DPO = -E log sigmoid(inside), the mean taken after the logarithm; ln 2 at the start."""
     return -F.logsigmoid(inside).mean()
+
+
+# With own noise both reference errors are 0, and so is the gradient. But inside = -beta / 2 (e_w - e_l) grows as the
+# student spoils what it makes of the losers' noise; the anchor, beta / (8 alpha) (e_w + e_l), holds it if alpha < 1/2.
 
 
 def choose_beta(distance, alpha):
@@ -307,11 +313,11 @@ def verdicts(out_dir):
     if not lines:
         return []
     last = {k: sum(line[k] for line in lines) / len(lines) for k in lines[0]}
-    words = [f"implicit accuracy {last['accuracy']:.2f}: " + ("it learns the preference" if last["accuracy"] > 0.6 else
-             "it does not yet tell winners from losers; raise lr")]
-    if last["drift"] > 0.25:
-        words.append(f"drift {last['drift']:.2f} of |winner - loser|^2: too far; raise anchor or stop earlier")
-    if last["winner_change"] > 0 and last["loser_change"] > 0:
+    if last["drift"] > FAR:
+        return [f"drift {last['drift']:.2f} of |winner - loser|^2: too far; raise anchor, lower alpha or stop earlier"]
+    words = [f"implicit accuracy {last['accuracy']:.2f}, on the pairs it trains on: " + (
+             "it learns the preference" if last["accuracy"] > 0.6 else "winners and losers look alike to it; raise lr")]
+    if min(last[f"{k}_change"] / max(last[f"{k}_error"], 1e-9) for k in ("winner", "loser")) > 0.05:
         words.append("both winner and loser error rise: the usual likelihood drop of DPO; raise anchor")
     return words
 

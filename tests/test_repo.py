@@ -18,11 +18,17 @@ def read(name):
 
 
 def test_equation_table_names_functions_and_tests():
-    rows = re.findall(r"^\|.*\| `(\w+)\.(\w+)` \| `(\w+)` \|$", read("README.md"), re.M)
-    assert len(rows) >= 12
+    section = read("README.md").split("## Equations")[1].split("\n## ")[0]
+    rows = re.findall(r"^\|.*\| `(\w+)\.(\w+)` \| `(\w+)` \|$", section, re.M)
+    assert len(rows) == section.count("\n|") - 2 == 13
     for module, function, test in rows:
         assert callable(getattr(importlib.import_module(module), function))
-        assert f"def {test}(" in TESTS, test
+        source = re.search(rf"^def {test}\(.*?(?=^def |\Z)", TESTS, re.M | re.S)
+        assert source, test
+        # by its own name, or by a helper of that file that calls it
+        helpers = re.findall(rf"^def (\w+)\((?:(?!^def ).)*?\b{function}\(", TESTS, re.M | re.S)
+        called = [name for name in (function, *helpers) if name != test and re.search(rf"\b{name}\(", source[0])]
+        assert called, (function, test)
 
 
 def test_readme_names_files_that_exist():

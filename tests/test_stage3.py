@@ -96,6 +96,16 @@ def test_beta_makes_an_anchored_move_count_as_two():
     assert inside_of(x, x_ref, win, lose, x_ref, 1.0, beta).item() == pytest.approx(2.0, abs=1e-4)
 
 
+@pytest.mark.parametrize("alpha, holds", [(0.25, True), (0.49, True), (0.51, False), (4.0, False)])
+def test_own_noise_is_a_saddle_that_an_anchor_below_one_half_holds(alpha, holds):
+    """The student moves by 0.01 on the loser's noise alone, whose candidate the reference returns exactly."""
+    beta, zero = 50.0, torch.zeros(1, dtype=torch.double)
+    e_l = torch.full((1,), 0.01 ** 2, dtype=torch.double)
+    lam = beta / (4 * alpha)
+    moved = stage3.dpo_loss(stage3.dpo_inside(zero, zero, e_l, zero, beta)) + lam * torch.cat([zero, e_l]).mean()
+    assert (moved.item() > math.log(2)) == holds
+
+
 def test_rank_pair():
     assert stage3.rank_pair(np.array([0.1, 3.0, -2.0, 1.0])) == (1, 2, 5.0)
 

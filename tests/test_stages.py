@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -458,13 +459,17 @@ def said_of(chain, tmp_path, **changes):
     return "\n".join(stage2.verdicts(f"{cfg.out}/stage2"))
 
 
-BROKEN = {"flipped": "sign of dmd_gradient is flipped", "raw": "not normalised", "detached": "features detached",
-          "no fake": "no better than the real one", "no stage I": "was stage I run"}
+BROKEN = {"flipped": "a sign is flipped", "flipped loss": "a sign is flipped", "raw": "not normalised",
+          "detached": "features detached", "no fake": "no auxiliary updates",
+          "frozen fake": "no better than the real one", "no stage I": "was stage I run"}
 
 
 def test_a_sound_run_is_not_flagged(chain, tmp_path, monkeypatch):
     monkeypatch.setattr(stage2, "BLURRED", 0.0)                         # four steps of a toy draw no detail
+    shown = []
+    monkeypatch.setattr(common, "panel", lambda path, columns, words: shown.append(words))
     words = said_of(chain, tmp_path, aux_warmup=60, lr_fake=2e-3)
+    assert "\n".join(shown[-1]).startswith(words) and "off HR" in shown[-1][-1]       # what the panel shows
     assert not any(flag in words for flag in BROKEN.values()), words
 
 
@@ -473,6 +478,8 @@ def test_a_broken_run_is_flagged(chain, tmp_path, monkeypatch, how):
     sound, changes = stage2.dmd_gradient, dict(aux_warmup=60, lr_fake=2e-3)
     if how == "flipped":
         monkeypatch.setattr(stage2, "dmd_gradient", lambda *x: (-sound(*x)[0], sound(*x)[1]))
+    elif how == "flipped loss":
+        monkeypatch.setattr(stage2, "dmd_loss", lambda z, g, *x, plain=stage2.dmd_loss: plain(z, -g, *x))
     elif how == "raw":
         def raw(z, real, fake):                                         # of a trained student the normaliser is small
             return 0.2 * (fake - real), sound(z, real, fake)[1]
@@ -481,12 +488,90 @@ def test_a_broken_run_is_flagged(chain, tmp_path, monkeypatch, how):
         forward = M.RFSHead.forward
         monkeypatch.setattr(M.RFSHead, "forward", lambda head, f: forward(head, [x.detach() for x in f]))
     elif how == "no fake":
-        changes = dict(aux_per_student=0, aux_warmup=1, lr_fake=0.0)
+        changes["aux_per_student"] = 0
+    elif how == "frozen fake":
+        changes = dict(aux_warmup=1, lr_fake=0.0)
     else:                                                               # the one step of a multi-step model is a mean
         def add_a_tenth(net, eps, z_lr, plain=M.one_step):
             return z_lr + 0.1 * (plain(net, eps, z_lr) - z_lr)
         monkeypatch.setattr(M, "one_step", add_a_tenth)
     assert BROKEN[how] in said_of(chain, tmp_path, **changes)
+
+
+def test_the_log_and_the_offsets_are_of_what_they_say(chain, tmp_path, monkeypatch):
+    """Norms and cosine of known gradients of the streams; offsets of the real score, between student sample and HR."""
+    def known(losses, z_0):
+        a, b = torch.zeros_like(z_0), torch.zeros_like(z_0)
+        a.view(-1)[0] = b.view(-1)[0] = 3
+        b.view(-1)[1] = 4
+        return {"dmd": a, "gan": b, "fm": torch.zeros_like(z_0)}
+    seen = []
+    monkeypatch.setattr(stage2, "stream_gradients", known)
+    monkeypatch.setattr(stage2, "spatial_offsets", lambda *args: seen.append(args) or [])
+    cfg = fork(chain, stage2, tmp_path, ["stage0", "stage1"])
+    stage2.main(cfg)
+    for line in common.read_log(f"{cfg.out}/stage2"):
+        assert (line["pull_dmd"], line["pull_gan"], line["pull_fm"]) == (3, 5, 0)
+        assert line["dmd_gan_cosine"] == pytest.approx(0.6)
+    draw, z_0, z_hr, vae, noise = seen[-1]
+    bank, clip = data.training_bank(cfg, 0)
+    want_hr, z_lr, eps = data.panel_batch(bank, vae, clip, cfg.seed, torch.device("cpu"))
+    student = M.load_checkpoint(f"{cfg.out}/stage2/last.pt", "student")[0]
+    real = M.load_checkpoint(f"{cfg.out}/stage1/last.pt", "cfg")[0]
+    t = torch.full((len(eps),), 0.3)
+    assert torch.equal(z_hr, want_hr) and not torch.equal(noise, eps)
+    with torch.no_grad():
+        assert torch.equal(z_0, M.one_step(student, eps, z_lr))
+        torch.testing.assert_close(draw(noise, t), M.to_x0(noise, real(noise, t, z_lr, M.prompt(noise)), t))
+
+
+FINE2 = dict(g_mean=1.0, g_cosine=0.9, g_want=1.0, skipped=0.0, lag=0.9, detail=0.9, detail_real=0.9, d=1.5, diff=0.1,
+             pull_gan=1.0, pull_dmd=2.0)
+FINE3 = dict(accuracy=0.8, drift=0.01, winner_change=-0.01, loser_change=0.01, winner_error=0.3, loser_error=0.3)
+CASES2 = [
+    (dict(), "healthy", "raise|lower|halve|flipped|grain"),
+    (dict(g_mean=0.05, g_want=0.05), "equals the real one", "spikes"),
+    (dict(g_mean=4.0, g_want=4.0), "spikes; lower lr", "equals"), (dict(g_cosine=-0.1), "sign is flipped", "grain"),
+    (dict(g_want=3.0), "not normalised", "flipped"), (dict(skipped=0.1), "10% of samples skipped", "spikes; lower lr"),
+    (dict(lag=1.0), "no better than the real one", "no auxiliary"), (dict(detail=0.5), "a mean, not a sample", "grain"),
+    (dict(detail=1.3), "130% of HR's detail: grain", "a mean"),
+    (dict(detail_real=0.5), "blurred; lower t_max", "grain"),
+    (dict(detail=0.3, detail_real=0.3), "was stage I run", "t_max"),
+    (dict(d=0.2), "head has won; lower lr_head", "learnt"),
+    (dict(d=1.97), "not learnt yet; raise aux_warmup", "has won"), (dict(pull_gan=0.0), "features detached", "halve"),
+    (dict(pull_gan=3.0), "halve w_gan", "detached")]
+CASES3 = [
+    (dict(), "0.80, on the pairs it trains on: it learns", "raise|lower"),
+    (dict(accuracy=0.5), "look alike to it; raise lr", "too far"),
+    (dict(drift=0.3, accuracy=0.5), "too far; raise anchor", "raise lr"),
+    (dict(winner_change=0.02, loser_change=0.02), "likelihood drop", "raise lr"),
+    (dict(winner_change=0.02, loser_change=0.001), "it learns", "likelihood drop")]
+
+
+@pytest.mark.parametrize("stage, fine, changes, word, absent", [
+    *((stage2, FINE2, *case) for case in CASES2), *((stage3, FINE3, *case) for case in CASES3)])
+def test_verdicts_say_what_the_numbers_mean(tmp_path, stage, fine, changes, word, absent):
+    with open(tmp_path / "log.jsonl", "w") as f:
+        f.writelines(json.dumps({"step": k} | fine | changes) + "\n" for k in range(8))
+    words = "\n".join(stage.verdicts(tmp_path))
+    assert word in words and not re.search(absent, words), words
+
+
+def test_verdicts_on_what_changes_over_a_run(tmp_path):
+    """Eight lines, as the preset tiny writes: the loss of the fake score grows."""
+    for ratio, flagged in ((1.0, False), (1.5, True)):
+        with open(tmp_path / "log.jsonl", "w") as f:
+            lines = [{"step": k} | FINE2 | dict(diff=0.1 * (ratio if k > 3 else 1)) for k in range(8)]
+            f.writelines(json.dumps(line) + "\n" for line in lines)
+        assert ("lags behind the student" in "\n".join(stage2.verdicts(tmp_path))) == flagged
+    rows = [{"t": t, "student": s, "hr": 0.1} for t, s in ((0.1, 0.5), (0.5, 0.3), (0.9, None))]
+    words = "\n".join(stage2.verdicts(tmp_path, rows))
+    assert "t = 0.1: 0.50 / 0.10 px, t = 0.5: 0.30 / 0.10 px" in words and words.count("raise w_gan") == 1
+    lines = [{"step": 10, "ratio": 0.2, "guidance": 1e-5}, {"step": 20, "ratio": 0.8}, {"step": 30, "ratio": 0.5}]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    said = {k: "\n".join(stage1.verdicts(tmp_path, k)) for k in (10, 20, 30)}
+    assert "(good)" in said[10] and "nothing to teach; raise cfg_w" in said[10] and "train it longer" in said[20]
+    assert "good" not in said[30] and "longer" not in said[30]
 
 
 @pytest.mark.parametrize("losses, word", [([1.0] * 8, "too few"), ([1.0] * 40, "settled"),
