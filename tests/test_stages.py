@@ -559,7 +559,7 @@ def test_verdicts_say_what_the_numbers_mean(tmp_path, stage, fine, changes, word
 
 def test_verdicts_on_what_changes_over_a_run(tmp_path):
     """Eight lines, as the preset tiny writes: the loss of the fake score grows."""
-    for ratio, flagged in ((1.0, False), (1.5, True)):
+    for ratio, flagged in ((1.0, False), (1.6, False), (2.5, True)):
         with open(tmp_path / "log.jsonl", "w") as f:
             lines = [{"step": k} | FINE2 | dict(diff=0.1 * (ratio if k > 3 else 1)) for k in range(8)]
             f.writelines(json.dumps(line) + "\n" for line in lines)
