@@ -1,5 +1,5 @@
-# make demo    stages I to III, shortened, from the teacher that ships, one clip upscaled, all measured (10 min, 2 cores)
-# make test    lint and every test (5 min, 2 cores)
+# make demo    stages I to III, shortened, from the teacher that ships, one clip upscaled, all measured (12 min, 2 cores)
+# make test    lint and every test (6 min, 2 cores)
 # make clean   remove what the demo wrote
 
 PYTHON ?= python3
