@@ -86,7 +86,7 @@ ARMS = {
         "one-free": Arm("t = 1, no anchor", three=dict(anchor=0.0)),
         "uniform": Arm("t uniform", three=dict(dpo_t="uniform")),
         "uniform-free": Arm("uniform, no anchor", three=dict(dpo_t="uniform", anchor=0.0)),
-        "own-noise": Arm("own noise", three=dict(own_noise=True)),      # a saddle, left at alpha > 1/2: stage3_dpo.py
+        "own-noise": Arm("own noise", three=dict(own_noise=True)),      # a saddle, left at alpha > 1/2: dpo_inside
         "own-noise-held": Arm("own noise, alpha = 0.25", three=dict(own_noise=True, alpha=0.25)),     # must do nothing
     },
     "edits": {"none": Arm("as it is")} | {                              # one line of stage2_dual.py each, to discuss
@@ -354,9 +354,9 @@ def measure(cfg, clips, folder, run, key, arm, seed, pace, device):
 # what is written
 
 
-def table(name, arms, numbers, truth, cfg, clips, trained):
-    """table.md: the arms, then a line for each pair of them. numbers: {arm: as in compare}; truth: {metric: number};
-    trained: the commits of the code that trained them."""
+def table(name, arms, numbers, pairs, truth, cfg, clips, trained):
+    """table.md: the arms, then a line for each pair of them. numbers: {arm: as in compare}; pairs: {(arm, arm): what
+    compare gives}; truth: {metric: number}; trained: the commits of the code that trained them."""
     seeds, quoted = len(next(iter(numbers.values()))), any(arm.paper for arm in arms.values())
     heads = [evaluate.COLUMNS[m][0] + {"up": " (up)", "down": " (down)", "one": " (as HR's)"}[evaluate.COLUMNS[m][1]]
              for m in SHOWN] + [f"paper: {x}" for x in PAPER if quoted]
@@ -383,14 +383,14 @@ def table(name, arms, numbers, truth, cfg, clips, trained):
                   + (" Its teacher takes 50 steps." if name == "stages" else "")]
     lines += ["", "Clip by clip and seed by seed, gain of the better arm and its 95 % interval, a bootstrap over "
               f"{seeds} seeds and {len(clips)} clips (so few that it is too narrow: see `compare` in ablate.py):", ""]
-    lines += [f"- {sentence(arms[a].title, arms[b].title, compare(numbers[a], numbers[b], truth['grid'] or 1.0))}"
-              for a, b in combinations(arms, 2)]
+    lines += [f"- {sentence(arms[a].title, arms[b].title, found)}" for (a, b), found in pairs.items()]
     return "\n".join(lines) + "\n"
 
 
 def write(args, folder, arms, numbers, truth, cfg, clips, about, rows, trained, device):
     """table.md and results.json of the seeds that are complete."""
-    put(folder / "table.md", table(args.name, arms, numbers, truth, cfg, clips, trained))
+    pairs = {(a, b): compare(numbers[a], numbers[b], truth["grid"] or 1.0) for a, b in combinations(arms, 2)}
+    put(folder / "table.md", table(args.name, arms, numbers, pairs, truth, cfg, clips, trained))
     result = {"ablation": args.name, "arms": {}, "pairs": []}
     for key, arm in arms.items():
         over = spread(numbers[key])
@@ -398,8 +398,7 @@ def write(args, folder, arms, numbers, truth, cfg, clips, about, rows, trained, 
             "title": arm.title, "changes": {"stage2": arm.two, "stage3": arm.three}, "configs": about[key],
             "paper": dict(zip(PAPER, arm.paper, strict=False)), "mean": {m: x for m, (x, _) in over.items()},
             "sd": {m: x for m, (_, x) in over.items()}, "seeds": {str(k): v for k, v in numbers[key].items()}}
-    for a, b in combinations(arms, 2):
-        found = compare(numbers[a], numbers[b], truth["grid"] or 1.0)
+    for (a, b), found in pairs.items():
         result["pairs"].append({"a": a, "b": b, "gain": {m: dict(zip(("mean", "lo", "hi"), x, strict=True))
                                                          for m, x in found.items()}})
     stamp = evaluate.make_stamp(cfg, clips, rows, device) | {"trained": trained}

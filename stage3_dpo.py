@@ -59,7 +59,7 @@ class Config:
     beta_mode: str = "constant"     # "constant", or "flow": beta (1 - t)^2, which is 0 at t = 1 [Flow-DPO]
     anchor: float = 1.0             # times beta / (4 alpha), on |x - x_ref|^2; 0: none [ours]
     alpha: float = 4.0              # the anchor lets the output move by alpha E[winner - loser | LR] [ours: LOG.md]
-    own_noise: bool = False         # replay each candidate's own noise: a saddle, see below
+    own_noise: bool = False         # replay each candidate's own noise: a saddle: see dpo_inside
     log_every: int = 5              # steps between log lines
     save_every: int = 20            # steps between checkpoints and panels
 
@@ -87,6 +87,8 @@ def dpo_inside(win, win_ref, lose, lose_ref, beta):
     """-(beta / 2) ((e_w - e_w^ref) - (e_l - e_l^ref)), the implicit reward margin of Diffusion-DPO. All (B,).
 
     Positive where the student has moved towards the winner and away from the loser, compared with the reference.
+    With own noise (own_noise) both reference errors are 0 and so is the gradient, but it is a saddle: e_l grows as the
+    student spoils what it makes of the losers' noise. The anchor, beta / (8 alpha) (e_w + e_l), holds if alpha < 1/2.
     """
     return -beta / 2 * ((win - win_ref) - (lose - lose_ref))
 
@@ -94,10 +96,6 @@ def dpo_inside(win, win_ref, lose, lose_ref, beta):
 def dpo_loss(inside):
     """L_DPO = -E log sigmoid(inside), the mean taken after the logarithm; ln 2 at the start."""
     return -F.logsigmoid(inside).mean()
-
-
-# With own noise both reference errors are 0, and so is the gradient. But inside = -beta / 2 (e_w - e_l) grows as the
-# student spoils what it makes of the losers' noise; the anchor, beta / (8 alpha) (e_w + e_l), holds it if alpha < 1/2.
 
 
 def choose_beta(distance, alpha):
