@@ -335,7 +335,9 @@ class RFSHead(nn.Module):
 
     dim: width D of one feature. taps: how many features there are of each model. grid: (T, H/2, W/2) token grid.
     models: 2 for real and fake, 1 for one of them. pooled: one logit per clip instead of one per patch (as DMD2).
-    The last convolution starts at 0, so all logits start at 0 and the hinge loss at exactly 2.
+    The last convolution starts at 0, so all logits start at 0 and the hinge loss at exactly 2. No normalisation between
+    the convolutions [ours: LOG.md]: taken over a clip, it takes away what a feature is there on the whole, by which the
+    head tells HR from a student early.
     """
 
     def __init__(self, dim, taps, channels, grid, models=2, pooled=False):
@@ -349,7 +351,7 @@ class RFSHead(nn.Module):
             else:                                                       # a 3 x 3 grid is left as it is
                 convs.append(nn.Conv3d(channels, channels, 3, padding=1))
         for conv in convs:
-            layers += [conv, nn.GroupNorm(min(32, channels // 4), channels), nn.LeakyReLU(0.2)]
+            layers += [conv, nn.LeakyReLU(0.2)]
         if pooled:
             layers.append(nn.AdaptiveAvgPool3d(1))
         layers.append(nn.Conv3d(channels, 1, 1))

@@ -243,7 +243,7 @@ def main(cfg):
     student.requires_grad_(True), fake.requires_grad_(True)
     opt_student = torch.optim.AdamW(student.parameters(), lr=cfg.lr, betas=(0.0, 0.999), weight_decay=0)
     opt_fake = torch.optim.AdamW(fake.parameters(), lr=cfg.lr_fake, betas=(0.0, 0.999), weight_decay=0)
-    opt_head = torch.optim.AdamW(head.parameters(), lr=cfg.lr_head, betas=(0.0, 0.999), weight_decay=0)
+    opt_head = torch.optim.AdamW(head.parameters(), lr=cfg.lr_head, betas=(0.9, 0.999), weight_decay=0)     # LOG.md
 
     saved = dict(student=average, net=student, fake=fake, head=head, vae=vae,
                  opt_student=opt_student, opt_fake=opt_fake, opt_head=opt_head)

@@ -129,9 +129,6 @@ def test_token_grid_round_trip():                                               
 
     head = M.RFSHead(8, taps=1, channels=16, grid=(2, 16, 16))
     torch.nn.init.normal_(head.layers[-1].weight)
-    for module in head.layers:                              # GroupNorm sees the whole grid: switch it off here
-        if isinstance(module, torch.nn.GroupNorm):
-            module.forward = lambda x: x
     features = [torch.randn(1, 2 * 16 * 16, 8) for _ in range(2)]
     before = head(features)
     assert before.shape == (1, 2, 4, 4)
@@ -141,7 +138,7 @@ def test_token_grid_round_trip():                                               
     assert changed[0, 1, 3, 0] and not changed[0, :, :2].any() and not changed[0, :, :, 2:].any()
 
 
-@pytest.mark.parametrize("dim, channels, count", [(128, 64, 443_009), (256, 128, 1_770_753), (1536, 512, 29_889_537)])
+@pytest.mark.parametrize("dim, channels, count", [(128, 64, 442_625), (256, 128, 1_769_985), (1536, 512, 29_886_465)])
 def test_head_sizes(dim, channels, count):                                              # T11
     with torch.device("meta"):
         head = M.RFSHead(dim, taps=3, channels=channels, grid=(3, 16, 16))
