@@ -282,6 +282,7 @@ def main(cfg):
     first = start or (-cfg.aux_warmup if scored(cfg) else 0)
     bar = tqdm(range(first, cfg.steps), "stage II", initial=first + cfg.aux_warmup, total=cfg.steps + cfg.aux_warmup,
                disable=rank > 0, dynamic_ncols=True)
+    warm = []                                                           # L_D over the warm-up
     for step in bar:
         active, head_trains = set(cfg.streams), "gan" in cfg.streams     # the head also while DMD leads, in sequence
         if cfg.order == "sequential":
@@ -319,7 +320,8 @@ def main(cfg):
                 common.clip_and_step(opt_head, head, cfg.clip_norm)
             values = dict(diff=loss_diff, d=loss_d, grad_norm_fake=norm_fake)
         if step < 0:
-            bar.set_postfix_str(f"warm-up: diff {loss_diff.item():.3g} d {loss_d.item():.3g}")
+            warm.append(loss_d.item())
+            bar.set_postfix_str(f"warm-up: diff {loss_diff.item():.3g} d {warm[-1]:.3g}")
             continue
 
         # 2) student update: L = w_dmd L_DMD + w_gan L_G + w_fm L_FM, all on one noised student sample
@@ -380,6 +382,8 @@ def main(cfg):
                                g_cosine=cosine(pull.get("dmd", g), direction),
                                lag=(v_fake - (eps - z_0)).square().mean() / (v_real - (eps - z_0)).square().mean(),
                                detail_real=detail(x_real, z_lr, z_hr))
+            if warm and head_trains:                                    # on the first line: what the head had learnt
+                values["d_warmup"], warm = statistics.mean(warm[-30:]), []
             if {"dmd", "gan"} <= set(pull):
                 values["dmd_gan_cosine"] = cosine(pull["dmd"], pull["gan"])
             values = {k: common.mean(v) for k, v in values.items()}
@@ -408,9 +412,10 @@ def main(cfg):
 
 def verdicts(out_dir, offsets=()):
     """What the latest log lines and spatial offsets say, in plain words."""
-    lines = common.read_log(out_dir)[-20:]
+    lines = common.read_log(out_dir)
     if not lines:
         return []
+    warm, lines = lines[0].get("d_warmup", 2), lines[-20:]
     if "pull_gan" in lines[-1]:                                         # in sequence: since the head has led
         lines = [line for line in lines if "pull_gan" in line]
     last = {k: sum(line.get(k, 0) for line in lines) / len(lines) for k in lines[-1]}
@@ -436,7 +441,8 @@ def verdicts(out_dir, offsets=()):
         words.append(f"the student adds {last['detail']:.0%} of HR's detail: grain; train longer, or lower cfg_w")
     if "pull_gan" in last and "d" in last:                              # without auxiliary updates there is no d
         words.append(f"hinge L_D {last['d']:.2f}: " + ("the head has won; lower lr_head" if last["d"] < 0.3 else
-                     "the head has not learnt yet; raise aux_warmup" if last["d"] > 1.95 else "healthy"))
+                     "healthy" if last["d"] <= 1.95 else "the head has not learnt yet; raise aux_warmup" if warm > 1.95
+                     else f"the student misleads the head, which had learnt ({warm:.2f} after the warm-up)"))
         if last["pull_gan"] == 0 and last["d"] != 2:                    # at first the head is 0, and L_D exactly 2
             words.append("L_G does not reach the student: are the features detached?")
         if "pull_dmd" in last and last["pull_gan"] > last["pull_dmd"]:

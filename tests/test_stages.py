@@ -223,7 +223,7 @@ def test_auxiliary_losses_stay_apart(chain, tmp_path, monkeypatch):             
     """L_D alone must leave the fake score without gradient: its features reach the head detached."""
     cfg = fork(chain, stage2, tmp_path, ["stage0", "stage1"], steps=1, aux_warmup=2)
     nets, sums = spy_networks(monkeypatch), []
-    heads, init, hinge = [], M.RFSHead.__init__, stage2.hinge_d
+    heads, init, hinge, values = [], M.RFSHead.__init__, stage2.hinge_d, []
 
     def remember(self, *args, **kwargs):
         init(self, *args, **kwargs)
@@ -232,6 +232,7 @@ def test_auxiliary_losses_stay_apart(chain, tmp_path, monkeypatch):             
 
     def spied(real, fake):
         loss = hinge(real, fake)
+        values.append(loss.item())
         groups = [list(nets["cfg"].parameters()), list(heads[0].parameters()), list(nets["student"].parameters())]
         grads = [torch.autograd.grad(loss, g, retain_graph=True, allow_unused=True) for g in groups]
         sums.append([sum(x.abs().sum().item() for x in g if x is not None) for g in grads])
@@ -242,6 +243,8 @@ def test_auxiliary_losses_stay_apart(chain, tmp_path, monkeypatch):             
     assert len(sums) == 2 + 3
     for fake, head, student in sums:
         assert fake == 0 and student == 0 and head > 0
+    line, = common.read_log(f"{cfg.out}/stage2")
+    assert line["d_warmup"] == pytest.approx(sum(values[:2]) / 2, rel=1e-4) != line["d"]        # of the warm-up alone
 
 
 def test_streams_share_one_noised_sample_and_the_pair_its_noise(chain, tmp_path, monkeypatch):         # T13, 3.4
@@ -538,7 +541,9 @@ CASES2 = [
     (dict(detail_real=0.5), "blurred; lower t_max", "grain"),
     (dict(detail=0.3, detail_real=0.3), "was stage I run", "t_max"),
     (dict(d=0.2), "head has won; lower lr_head", "learnt"),
-    (dict(d=1.97), "not learnt yet; raise aux_warmup", "has won"), (dict(pull_gan=0.0), "features detached", "halve"),
+    (dict(d=1.97), "not learnt yet; raise aux_warmup", "has won|misleads"),
+    (dict(d=1.97, d_warmup=1.8), "misleads the head, which had learnt (1.80 after", "raise aux_warmup"),
+    (dict(pull_gan=0.0), "features detached", "halve"),
     (dict(pull_gan=3.0), "halve w_gan", "detached")]
 CASES3 = [
     (dict(), "0.80, on the pairs it trains on: it learns", "raise|lower"),
