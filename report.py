@@ -39,7 +39,7 @@ MEANING = {                     # what a reader of the table needs to know about
     "dists": "The same, kinder to texture that differs in detail (pyiqa).",
     "dover": "No reference, learned from ratings of videos, 0 to 100, by the formula of evaluate_one_video.py.",
     "calls": "Evaluations of the network for each window of the video.",
-    "seconds": "Time for one clip, video code included; on a CPU as many clips at once as there are cores.",
+    "seconds": "To upscale a clip (maybe in an earlier run), video code included; on a CPU a clip per core.",
 }
 
 
