@@ -253,12 +253,6 @@ def finished(path):
         raise SystemExit(f"{path}: not a checkpoint of a stage ({type(error).__name__}); remove it") from None
 
 
-def put(path, text):
-    """Write a file that is there whole or not at all."""
-    Path(f"{path}.tmp").write_text(text)
-    os.replace(f"{path}.tmp", path)
-
-
 def link(source, target):
     """A relative link to a folder or file of another run; a copy where links are not to be had."""
     if os.path.lexists(target) or not os.path.exists(source):
@@ -298,7 +292,7 @@ def prepare(args, folder, arms, key, seed):
     changed = [k for k, v in about.items() if before.get(k) != v]
     if changed:
         raise SystemExit(f"{run}: made with another {', '.join(changed)}; set it back, or remove {folder}")
-    put(note, json.dumps(about, indent=2))
+    common.put(note, json.dumps(about, indent=2))
     for name in ("stage0", "stage1"):
         link(f"{args.out}/{name}", run / name)
     for n in cfgs:
@@ -345,7 +339,7 @@ def measure(cfg, clips, folder, run, key, arm, seed, pace, device):
             scores = list(pool.map(partial(evaluate.score, key, source, cfg=cfg, extra={}), made, clips))
         numbers = {clip["name"]: values for clip, (values, _) in zip(clips, scores, strict=True)}
         about = evaluate.plain({"stamp": stamp, "numbers": numbers})
-        put(note, json.dumps(about, indent=2))
+        common.put(note, json.dumps(about, indent=2))
         pace["score"] = time.perf_counter() - start
     return about["numbers"], [frames[len(frames) // 2][None] for frames, _ in made], source
 
@@ -390,7 +384,7 @@ def table(name, arms, numbers, pairs, truth, cfg, clips, trained):
 def write(args, folder, arms, numbers, truth, cfg, clips, about, rows, trained, device):
     """table.md and results.json of the seeds that are complete."""
     pairs = {(a, b): compare(numbers[a], numbers[b], truth["grid"] or 1.0) for a, b in combinations(arms, 2)}
-    put(folder / "table.md", table(args.name, arms, numbers, pairs, truth, cfg, clips, trained))
+    common.put(folder / "table.md", table(args.name, arms, numbers, pairs, truth, cfg, clips, trained))
     result = {"ablation": args.name, "arms": {}, "pairs": []}
     for key, arm in arms.items():
         over = spread(numbers[key])
@@ -403,7 +397,7 @@ def write(args, folder, arms, numbers, truth, cfg, clips, about, rows, trained, 
                                                          for m, x in found.items()}})
     stamp = evaluate.make_stamp(cfg, clips, rows, device) | {"trained": trained}
     result |= {"ground_truth": truth, "options": vars(args), "stamp": stamp}
-    put(folder / "results.json", json.dumps(evaluate.plain(result), indent=1, allow_nan=False))
+    common.put(folder / "results.json", json.dumps(evaluate.plain(result), indent=1, allow_nan=False))
 
 
 # ----------------------------------------------------------------------------

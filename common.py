@@ -163,6 +163,13 @@ def raw(part):
     return getattr(part, "module", part)
 
 
+def put(path, text):
+    """Write a text file that is there whole or not at all."""
+    with open(f"{path}.tmp", "w", encoding="utf-8") as f:
+        f.write(text)
+    os.replace(f"{path}.tmp", path)
+
+
 def save(path, cfg, stage, step, total, /, **parts):
     """Write {stage, config, step, total, a state dict per part}: under a temporary name, then renamed, never half."""
     state = {k: raw(p).state_dict() if hasattr(raw(p), "state_dict") else p for k, p in parts.items()}
@@ -210,16 +217,14 @@ def start_run(out_dir, cfg):
     os.makedirs(out_dir, exist_ok=True)
     about = {"config": asdict(cfg), "argv": sys.argv, "commit": commit(), "torch": torch.__version__,
              "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}
-    with open(f"{out_dir}/run.json", "w") as f:
-        json.dump(about, f, indent=2)
+    put(f"{out_dir}/run.json", json.dumps(about, indent=2))
     try:
         # mmap: only the step is wanted, not the gigabytes behind it
         step = torch.load(last, map_location="cpu", weights_only=True, mmap=True)["step"] if os.path.exists(last) else 0
     except Exception as error:
         raise SystemExit(f"{last}: cannot be read ({type(error).__name__}); remove it, or name another --out") from None
     kept = [line for line in read_log(out_dir) if line["step"] <= step]
-    with open(f"{out_dir}/log.jsonl", "w") as f:
-        f.writelines(json.dumps(line) + "\n" for line in kept)
+    put(f"{out_dir}/log.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
 
 
 def commit():
@@ -240,11 +245,11 @@ def log(out_dir, bar, step, **values):
     bar.set_postfix_str(" ".join(f"{k} {v:.3g}" for k, v in values.items() if isinstance(v, (int, float))))
 
 
-def read_log(out_dir):
-    """The lines of log.jsonl as dicts; a line cut short by a kill is skipped."""
+def read_log(out_dir, name="log.jsonl"):
+    """The lines of a log as dicts; a line cut short by a kill is skipped."""
     lines = []
-    if os.path.exists(f"{out_dir}/log.jsonl"):
-        for line in open(f"{out_dir}/log.jsonl"):
+    if os.path.exists(f"{out_dir}/{name}"):
+        for line in open(f"{out_dir}/{name}"):
             try:
                 lines.append(json.loads(line))
             except json.JSONDecodeError:

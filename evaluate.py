@@ -185,7 +185,7 @@ def keep(path, stamp, frames, seconds, fps):
     note = path.with_suffix(".json")
     note.unlink(missing_ok=True)
     media.write_video(path, frames, fps)
-    note.write_text(json.dumps({"seconds": seconds, "stamp": stamp}, indent=2))
+    common.put(note, json.dumps({"seconds": seconds, "stamp": stamp}, indent=2))
 
 
 def upscale_bicubic(lr, scale=4):
@@ -528,7 +528,7 @@ def main(cfg):
         about["shift"] = {row: values["shift"] for row, values in result["per_clip"][clip["name"]].items()}
     result = plain(result | {"stamp": stamp})
     out.mkdir(parents=True, exist_ok=True)
-    (out / "metrics.json").write_text(json.dumps(result, indent=2, allow_nan=False))
+    common.put(out / "metrics.json", json.dumps(result, indent=2, allow_nan=False))
     print(*(f"warning: {w}" for w in warnings), sep="\n", end="\n" if warnings else "")
     print(table(result["rows"], titles))
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+import common
 import metrics
 
 PAGE_BYTES = 10_000_000         # a page that still opens fast and can be mailed; it decides how many frames it holds
@@ -178,4 +179,4 @@ def write_html(path, names, shown, titles, columns, result):
     page = (Path(__file__).parent / "report_page.html").read_text()
     for key, text in fill.items():
         page = page.replace("{{" + key + "}}", text)
-    Path(path).write_text(page, encoding="utf-8")
+    common.put(path, page)

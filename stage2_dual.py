@@ -21,7 +21,6 @@ starts from, eps the one that is added to z_0 at time t.
 """
 import json
 import math
-import os
 import statistics
 from copy import deepcopy
 from dataclasses import dataclass
@@ -400,10 +399,9 @@ def main(cfg):
                 x_real, x_fake = (M.to_x0(z_t, score(net, z_t, t, z_lr)[0], t) for net in (real, fake))
             rows = spatial_offsets(lambda z_t, t, z_lr=z_lr: M.to_x0(z_t, score(real, z_t, t, z_lr)[0], t),
                                    z_0, z_hr, vae, torch.randn_like(z_0))    # not the noise that made z_0
-            path = f"{out_dir}/offsets.jsonl"
-            before = [x for x in map(json.loads, open(path)) if x["step"] < done] if os.path.exists(path) else []
-            with open(path, "w") as f:
-                f.writelines(json.dumps(x) + "\n" for x in [*before, {"step": done, "px": rows}])
+            seen = [x for x in common.read_log(out_dir, "offsets.jsonl") if x["step"] < done]
+            common.put(f"{out_dir}/offsets.jsonl",
+                       "".join(json.dumps(x) + "\n" for x in [*seen, {"step": done, "px": rows}]))
             common.panel(f"{out_dir}/panel.png", {
                 "LR": vae.decode(z_lr), "student": vae.decode(z_0), "real score's x0, t = 0.5": vae.decode(x_real),
                 "fake score's x0": vae.decode(x_fake), "HR, coded": vae.decode(z_hr)}, verdicts(out_dir, rows))

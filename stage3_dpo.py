@@ -225,8 +225,7 @@ def main(cfg):
                       cfg.clips])
         if not (os.path.exists(path) and torch.load(path, weights_only=True)["stamp"] == stamp):
             pairs, records = make_pairs(reference, vae, bank, clip, cfg, make_scorer(cfg.scorer), device)
-            with open(f"{out_dir}/pairs.json", "w") as f:
-                json.dump({"scorer": cfg.scorer, "pairs": records}, f, indent=1)
+            common.put(f"{out_dir}/pairs.json", json.dumps({"scorer": cfg.scorer, "pairs": records}, indent=1))
             show_pairs(f"{out_dir}/pairs.png", pairs, vae, device)
             torch.save({"stamp": stamp, **pairs}, path + ".tmp")
             os.replace(path + ".tmp", path)

@@ -68,6 +68,18 @@ def test_save_is_atomic(tmp_path):
     assert torch.load(path, weights_only=True)["step"] == 1
 
 
+def test_a_kill_while_a_log_is_rewritten_leaves_the_one_before(tmp_path, monkeypatch):
+    path = tmp_path / "log.jsonl"
+    common.put(path, '{"step": 1}\n')
+    monkeypatch.setattr(common.os, "replace", lambda *names: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        common.put(path, "")
+    assert common.read_log(tmp_path) == [{"step": 1}]
+    with open(path, "a") as f:
+        f.write('{"step": 2, "lo')                                      # cut short: skipped
+    assert common.read_log(tmp_path) == [{"step": 1}]
+
+
 def test_weights_are_fp32_because_bf16_would_not_move():                                # T22
     assert {p.dtype for p in M.build("tiny").parameters()} == {torch.float32}
     w = (0.02 * torch.randn(1_000_000)).bfloat16()
