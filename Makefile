@@ -1,6 +1,6 @@
 # make demo    stages I to III, shortened, from the teacher that ships, one clip upscaled, all measured (12 min, 2 cores)
 # make test    lint and every test (6 min, 2 cores)
-# make clean   remove what the demo wrote
+# make clean   remove what the demo wrote: stages I to III of out/tiny, the report, the clip
 
 PYTHON ?= python3
 OUT    ?= out/tiny
@@ -30,6 +30,6 @@ test: .venv/ready-test
 	touch $@
 
 clean:
-	rm -rf out
+	rm -rf $(OUT)/stage[123] $(OUT)/report $(OUT)/upscaled.mp4
 
 .PHONY: demo test clean

@@ -180,7 +180,8 @@ def save(path, cfg, stage, step, total, /, **parts):
 def continue_from(path, cfg, parts):
     """With cfg.resume, fill the parts from the checkpoint of the interrupted run. Returns its step, or 0.
 
-    A run made with other constants is not continued: its numbers would belong to neither.
+    A run made with other constants, or, where a part "source" says so, from another checkpoint of the stage before,
+    is not continued: its numbers would belong to neither.
     """
     if not cfg.resume or not os.path.exists(path):
         return 0
@@ -189,7 +190,12 @@ def continue_from(path, cfg, parts):
     changed = [k for k, v in asdict(cfg).items() if k not in free and state["config"].get(k, v) != v]
     if changed:
         raise SystemExit(f"{path}: made with another {', '.join(changed)}; set it back, or name another --out")
+    if state.get("source", parts.get("source")) != parts.get("source"):
+        raise SystemExit(f"{path}: made from another checkpoint of the stage before, or from other clips; remove it to "
+                         "start again, or name another --out")
     for name, part in parts.items():
+        if name == "source":
+            continue
         try:
             part.load_state_dict(state[name])
         except (KeyError, RuntimeError, ValueError) as error:

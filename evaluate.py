@@ -52,7 +52,7 @@ class Config:
     max_clips: int = 4              # clips used, spread over the sorted folder
     strength: str = "light"         # degradation that makes the input: a name in data.STRENGTHS
     teacher_steps: int = 50         # Euler steps of the multi-step teacher
-    cfg_w: float = 0.5              # its guidance weight; costs a second network call per step unless 0
+    cfg_w: float = 0.5              # its guidance weight, stage I's; costs a second network call per step unless 0
     seed: int = 0                   # of the degradation and of the noise
     seeds: int = 1                  # noise seeds, from `seed` on; the table then has means over them
     teacher: str = "weights/tiny_teacher.pt"    # read if <out>/stage0 was not run; "" is none
@@ -68,6 +68,7 @@ class Config:
 PRESETS = {                         # the first one is the default
     "tiny":  dict(),
     "small": dict(out="out/small", teacher="", student=""),
+    "wan1.3b": dict(out="out/wan1.3b", teacher="", student="", cfg_w=2.0),
 }
 
 ROWS = {                            # in the order of the table

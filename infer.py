@@ -83,7 +83,8 @@ def load(ckpt, part, device, tile=0):
         vae.code.enable_tiling()
     side = max(2, (tile or clip["crop"]) // (2 * vae.stride) * 2)       # tokens are 2 x 2 latents
     share = min(4, side // 4 * 2)
-    return partial(upscale, M.tiled(net, (clip["window"], side, side), (0, share, share)), vae, clip["window"], device)
+    return partial(upscale, M.tiled(net, (clip["window"], side, side), (0, share, share)), vae, clip["window"], device,
+                   shift=info["config"].get("shift", 1.0))              # of the teacher's sampler, as it was distilled
 
 
 def noise(shape, start, seed):
@@ -95,12 +96,12 @@ def noise(shape, start, seed):
 
 
 @torch.no_grad()
-def upscale(velocity, vae, window, device, lr, steps=1, w=0.0, seed=0, start=0, color="wavelet", scale=4):
+def upscale(velocity, vae, window, device, lr, steps=1, w=0.0, seed=0, start=0, color="wavelet", scale=4, shift=1.0):
     """uint8 (F, h, w, 3) -> float (3, F, scale h, scale w) in [-1, 1], all in memory.
 
     window: latent frames that the network expects at least. steps: network steps; 1 for a student, many for a teacher,
-    then w is the guidance weight. start: number of the first frame in its film, for the noise. color: a name in
-    COLORS. scale: at most 4.
+    then w is the guidance weight and shift that of their times. start: number of the first frame in its film, for the
+    noise. color: a name in COLORS. scale: at most 4.
     """
     count, h, width = lr.shape[:3]
     video = data.to_tensor(lr)[None].to(device)                         # (1, 3, F, h, w)
@@ -111,7 +112,7 @@ def upscale(velocity, vae, window, device, lr, steps=1, w=0.0, seed=0, start=0, 
     up = data.upsample(video, (4 * video.shape[3], 4 * video.shape[4]))
     z_lr = vae.encode(up)
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        z = M.sample(velocity, noise(z_lr.shape, start, seed).to(device), z_lr, steps, w=w)
+        z = M.sample(velocity, noise(z_lr.shape, start, seed).to(device), z_lr, steps, shift, w)
     out = vae.draw_onto(up, z_lr, z)
     for k in range(count):                                              # frame by frame: it takes less memory
         frame = (..., slice(k, k + 1), slice(None), slice(None))

@@ -197,11 +197,11 @@ def main(cfg):
             common.save(f"{out_dir}/last.pt", cfg, "stage0", done, cfg.steps, **saved)
             z_0, z_lr, eps = data.panel_batch(bank, vae, clip, cfg.seed, device)
             with torch.no_grad(), autocast:
-                few, many = (M.sample(ema, eps, z_lr, steps) for steps in (1, 8))
-                guided = M.sample(ema, eps, z_lr, 8, w=1.0)
+                few, many = (M.sample(ema, eps, z_lr, steps, cfg.shift) for steps in (1, 8))
+                guided = M.sample(ema, eps, z_lr, 8, cfg.shift, w=0.5)
             common.panel(f"{out_dir}/panel.png", {
                 "LR": vae.decode(z_lr), "1 step": vae.decode(few), "8 steps": vae.decode(many),
-                "8 steps, w = 1": vae.decode(guided), "HR, coded": vae.decode(z_0)}, verdicts(out_dir))
+                "8 steps, w = 0.5": vae.decode(guided), "HR, coded": vae.decode(z_0)}, verdicts(out_dir))
     common.cleanup()
 
 

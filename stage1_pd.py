@@ -141,13 +141,15 @@ def main(cfg):
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
     # teacher: whom the student imitates now; student: trained; cfg_net: the student as CFG distillation left it
-    teacher, vae, _ = M.load_checkpoint(M.teacher_file(cfg), "ema", device, finished=True)
+    source = M.teacher_file(cfg)
+    teacher, vae, _ = M.load_checkpoint(source, "ema", device, finished=True)
     bank, clip = data.training_bank(cfg, rank, cfg.latents)
     student = deepcopy(teacher).requires_grad_(True)
     student.checkpointing = cfg.checkpointing
     cfg_net = deepcopy(teacher)
     optimiser = torch.optim.AdamW(student.parameters(), lr=cfg.cfg_lr, weight_decay=0)
-    saved = dict(student=student, cfg=cfg_net, teacher=teacher, vae=vae, optimiser=optimiser)
+    saved = dict(student=student, cfg=cfg_net, teacher=teacher, vae=vae, optimiser=optimiser,
+                 source=data.sha256(source))
     start = common.continue_from(f"{out_dir}/last.pt", cfg, saved)
     ddp, parts = common.parallel(student, world), world * cfg.accumulate
 

@@ -71,7 +71,7 @@ class Config:
     real_w: float = 0.5             # guidance weight of real_score "teacher" [ours]
     fm_norm: str = "mse"            # L_FM: "mse" [paper] or "l1" [SeedVR2]
     pooled: bool = False            # one logit per clip [DMD2] instead of one per patch
-    gan_same_noise: bool = True     # HR and student sample share t and eps; L_FM needs it [ours]
+    gan_same_noise: bool = True     # in L_D HR and the student's sample share t and eps, as in L_FM always [ours]
     lr: float = 1e-4                # student learning rate [ours; 2e-6 at 1.3B: CausVid]
     lr_fake: float = 2e-4           # fake score learning rate [ours]
     lr_head: float = 1e-3           # head learning rate [ours]
@@ -113,7 +113,7 @@ def dmd_gradient(z_0, x_real, x_fake):
     scale = (z_0 - x_real).abs().mean(dim=axes, keepdim=True).clamp_min(1e-5)
     g = (x_fake - x_real) / scale
     keep = (g.abs().mean(dim=axes) < 10).float()                        # false for NaN as well
-    return torch.nan_to_num(g), keep
+    return torch.where(M.bcast(keep, g) > 0, g, 0), keep                # 0 times inf would be NaN
 
 
 def dmd_loss(z_0, g, keep, half=True):
@@ -147,8 +147,8 @@ def detail(z, z_lr, z_hr):
 
 @torch.no_grad()
 def spatial_offsets(predict, z_0, z_hr, vae, eps, times=(0.2, 0.5, 0.8)):
-    """How far the real score's clean estimates lie from HR, px, median over clips: [{"t", "student", "hr"}], from the
-    noised student's sample and from noised HR. predict: (z_t, t) -> x_0. Where the first is larger the
+    """How far the real score's clean estimates lie from HR, px, median over clips: [{"t", "student", "hr"}], starting
+    from the student's sample, noised, and from HR, noised. predict: (z_t, t) -> x_0. Where the first is larger the
     real score misleads (the paper's Fig. 2)."""
     truth, rows = [data.to_uint8(v) for v in vae.decode(z_hr)], []
     for time in times:
@@ -223,9 +223,9 @@ def main(cfg):
 
     # real: frozen score model; fake: trained score model, a multi-step model like real, from which it starts;
     # head: discriminator head on the features of both; average: of the student's weights, for use and never fed back
-    source = "student" if cfg.init == "stage1" else "cfg"
-    student, vae, _ = M.load_checkpoint(f"{cfg.out}/stage1/last.pt", source, device, finished=True)
-    fake, _, _ = M.load_checkpoint(f"{cfg.out}/stage1/last.pt", "cfg", device, finished=True)
+    source, part = f"{cfg.out}/stage1/last.pt", "student" if cfg.init == "stage1" else "cfg"
+    student, vae, _ = M.load_checkpoint(source, part, device, finished=True)
+    fake, _, _ = M.load_checkpoint(source, "cfg", device, finished=True)
     real = M.load_checkpoint(M.teacher_file(cfg), "ema", device)[0] if cfg.real_score == "teacher" else deepcopy(fake)
     bank, clip = data.training_bank(cfg, rank, cfg.latents)
     if device.type == "cuda":
@@ -245,7 +245,7 @@ def main(cfg):
     opt_head = torch.optim.AdamW(head.parameters(), lr=cfg.lr_head, betas=(0.9, 0.999), weight_decay=0)     # LOG.md
 
     saved = dict(student=average, net=student, fake=fake, head=head, vae=vae,
-                 opt_student=opt_student, opt_fake=opt_fake, opt_head=opt_head)
+                 opt_student=opt_student, opt_fake=opt_fake, opt_head=opt_head, source=data.sha256(source))
     start = common.continue_from(f"{out_dir}/last.pt", cfg, saved)
     student_ddp, fake_ddp, head_ddp = (common.parallel(net, world) for net in (student, fake, head))
     parts = world * cfg.accumulate

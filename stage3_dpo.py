@@ -165,7 +165,7 @@ def make_pairs(student, vae, bank, clip, cfg, scorer, device):
         eps = torch.randn(cfg.candidates, *z_lr.shape[1:], device=device)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             z = torch.cat([M.sample(velocity, e[None], z_lr, 1) for e in eps])
-        videos = [data.to_uint8(vae.draw_onto(up, z_lr, x[None])) for x in z]      # judged as infer.py shows them
+        videos = [data.to_uint8(vae.draw_onto(up, z_lr, x[None])) for x in z]      # infer.py's, before its colours
         scores = scorer(videos, lr)
         best, worst, margin = rank_pair(scores)
         records.append({"clip": i, "scores": [round(float(s), 4) for s in scores], "winner": best, "loser": worst,
@@ -216,13 +216,15 @@ def main(cfg):
         M.LoRA(student, cfg.lora)
     trained = [p for p in student.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(trained, lr=cfg.lr, weight_decay=0)
-    saved = dict(vae=vae, optimiser=optimiser) | ({"lora": student.lora} if cfg.lora else {"student": student})
+    stamp = repr([data.sha256(source), cfg.pairs, cfg.candidates, cfg.scorer, cfg.margin, cfg.seed, cfg.data,
+                  cfg.clips])                                           # all that the pairs depend on
+    saved = dict(vae=vae, optimiser=optimiser, source=stamp) | \
+        ({"lora": student.lora} if cfg.lora else {"student": student})
+    start = common.continue_from(f"{out_dir}/last.pt", cfg, saved)
 
     # the pairs, made once by rank 0; a file made from the same student with the same settings is used again
     path = f"{out_dir}/pairs.pt"
     if rank == 0:
-        stamp = repr([data.sha256(source), cfg.pairs, cfg.candidates, cfg.scorer, cfg.margin, cfg.seed, cfg.data,
-                      cfg.clips])
         if not (os.path.exists(path) and torch.load(path, weights_only=True)["stamp"] == stamp):
             pairs, records = make_pairs(reference, vae, bank, clip, cfg, make_scorer(cfg.scorer), device)
             common.put(f"{out_dir}/pairs.json", json.dumps({"scorer": cfg.scorer, "pairs": records}, indent=1))
@@ -235,7 +237,6 @@ def main(cfg):
     beta = cfg.dpo_beta or choose_beta(distance, cfg.alpha)
     lam = cfg.anchor * beta / (4 * cfg.alpha)       # beta / 2 (w - l) and 2 lam (x - x_ref) are equal at alpha (w - l)
 
-    start = common.continue_from(f"{out_dir}/last.pt", cfg, saved)
     ddp, parts = common.parallel(student, world), world * cfg.accumulate
 
     def next_batch(step, part):
@@ -265,7 +266,8 @@ def main(cfg):
             u = common.draw(torch.rand, (cfg.batch,), part, parts, device)
             t = torch.ones_like(u) if cfg.dpo_t == "one" else u
 
-            # 2) one DPO step: errors of student and reference on winner and loser, in velocities
+            # 2) one DPO step: errors of student and reference on winner and loser, in velocities (at t = 1 with shared
+            #    noise both enter as the same z_t = eps, and only their targets differ)
             z_t = torch.cat([M.add_noise(z_w, eps_w, t), M.add_noise(z_l, eps_l, t)])
             target = torch.cat([eps_w - z_w, eps_l - z_l])
             twice = dict(t=t.repeat(2), z_lr=z_lr.repeat(2, 1, 1, 1, 1), text=M.prompt(z_t))

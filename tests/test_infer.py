@@ -96,6 +96,16 @@ def checkpoint(tmp_path):
     return str(tmp_path / "student.pt")
 
 
+def test_teacher_is_sampled_at_the_times_it_was_distilled_at(checkpoint, monkeypatch):
+    """Stage I distils the sampler of its own shift; the rows that stand for the teacher must be that sampler."""
+    state, seen = torch.load(checkpoint, weights_only=True), []
+    torch.save(state | {"config": {"model": "tiny", "shift": 5.0}}, checkpoint)
+    velocity = M.DiT.forward
+    monkeypatch.setattr(M.DiT, "forward", lambda net, z, t, *a: seen.append(t[0].item()) or velocity(net, z, t, *a))
+    infer.load(checkpoint, "student", torch.device("cpu"))(np.zeros((1, 12, 12, 3), np.uint8), steps=2)
+    assert seen == pytest.approx([1, 5 / 6])                            # 1/2 shifted by 5
+
+
 @pytest.mark.parametrize("frames, h, w, scale", [(1, 12, 12, 4), (5, 11, 14, 3), (10, 12, 9, 2)])
 def test_upscale_keeps_frames_and_multiplies_the_size(frames, h, w, scale):
     lr = np.random.default_rng(0).integers(0, 256, (frames, h, w, 3), dtype=np.uint8)

@@ -50,10 +50,11 @@ def test_dmd_normaliser_is_per_sample():                                        
     torch.testing.assert_close(g, clip(0.5, 0.05))
 
 
-def test_spikes_and_nan_are_skipped():
-    z_0 = clip(1.0, 1.0, 1.0).requires_grad_()
-    g, keep = stage2.dmd_gradient(z_0.detach(), clip(0.0, 0.99, float("nan")), clip(0.5, 2.0, 1.0))
-    assert keep.tolist() == [1, 0, 0]
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_spikes_and_nan_are_skipped(bad):
+    z_0 = clip(1.0, 1.0, 1.0, 1.0).requires_grad_()
+    g, keep = stage2.dmd_gradient(z_0.detach(), clip(0.0, 0.99, bad, 0.0), clip(0.5, 2.0, 1.0, bad))
+    assert keep.tolist() == [1, 0, 0, 0]
     stage2.dmd_loss(z_0, g, keep).backward()
     assert z_0.grad[0].abs().sum() > 0 and z_0.grad[1:].abs().sum() == 0 and torch.isfinite(z_0.grad).all()
 

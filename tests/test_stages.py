@@ -3,6 +3,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -403,6 +404,27 @@ def test_a_run_of_other_constants_is_not_continued(chain, tmp_path):
     cfg = fork(chain, stage3, tmp_path, ["stage0", "stage1", "stage2", "stage3"], resume=True, lr=1e-2)
     with pytest.raises(SystemExit, match="made with another lr; "):
         stage3.main(cfg)
+
+
+@pytest.mark.parametrize("stage, k, flags", [(stage1, 1, {}), (stage2, 2, {}), (stage3, 3, {}),
+                                             (stage3, 3, dict(data="moved"))])
+def test_a_run_from_another_checkpoint_is_not_continued(chain, tmp_path, footage, stage, k, flags):
+    """The stage before was trained again, or the clips of the pairs are others: a half would belong to neither."""
+    cfg = fork(chain, stage, tmp_path, [f"stage{n}" for n in range(k - 1)], resume=True)
+    for n in (k - 1, k):
+        shutil.copytree(f"{chain[stage].out}/stage{n}", f"{cfg.out}/stage{n}")
+    if flags:
+        os.symlink(footage, tmp_path / "moved")
+        cfg.data = str(tmp_path / "moved")
+    else:
+        before = f"{cfg.out}/stage{k - 1}/last.pt"
+        state = torch.load(before, weights_only=True)
+        torch.save(state | {"total": state["total"] - 1}, before)
+    kept = {name: open(f"{cfg.out}/stage{k}/{name}", "rb").read() for name in os.listdir(f"{cfg.out}/stage{k}")}
+    with pytest.raises(SystemExit, match="made from another checkpoint of the stage before"):
+        stage.main(cfg)
+    for name in {"last.pt", "pairs.pt", "log.jsonl"} & set(kept):
+        assert open(f"{cfg.out}/stage{k}/{name}", "rb").read() == kept[name]
 
 
 def test_an_unfinished_stage_is_not_built_upon(chain, tmp_path):
@@ -900,7 +922,7 @@ def test_killed_at_a_random_moment_and_resumed_is_bit_equal(chain, tmp_path, foo
     for k, cfg in enumerate(chain.values()):
         whole = checkpoint(cfg, f"stage{k}")
         killed = torch.load(tmp_path / "killed" / "tiny" / f"stage{k}" / "last.pt", weights_only=True)
-        assert_equal({x: whole[x] for x in whole if x not in ("config", "stamp")}, killed, f"stage{k}")
+        assert_equal({x: whole[x] for x in whole if x not in ("config", "source")}, killed, f"stage{k}")
 
 
 @pytest.mark.slow
