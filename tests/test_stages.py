@@ -248,6 +248,21 @@ def test_auxiliary_losses_stay_apart(chain, tmp_path, monkeypatch):             
     assert line["d_warmup"] == pytest.approx(sum(values[:2]) / 2, rel=1e-4) != line["d"]        # of the warm-up alone
 
 
+def test_weights_multiply_the_losses(chain, tmp_path):
+    """L = w_dmd L_DMD + w_gan L_G + w_fm L_FM: other weights, the same first losses times other numbers."""
+    want, logs = dict(w_dmd=2.0, w_gan=0.3, w_fm=0.4), []
+    for k, weights in enumerate((dict(w_dmd=1.0, w_gan=1.0, w_fm=1.0), want, dict.fromkeys(want, 0.0))):
+        cfg = fork(chain, stage2, tmp_path / str(k), ["stage0", "stage1"], steps=1, aux_warmup=2, ema=0.0, **weights)
+        stage2.main(cfg)
+        logs.append(common.read_log(f"{cfg.out}/stage2")[0])
+    for name, weight in want.items():
+        name = name.removeprefix("w_")
+        assert logs[0][name] != 0 and logs[1][name] == pytest.approx(weight * logs[0][name], rel=1e-4)
+        assert logs[1][f"pull_{name}"] == pytest.approx(weight * logs[0][f"pull_{name}"], rel=1e-4)
+    first = torch.load(f"{cfg.out}/stage1/last.pt", weights_only=True)["student"]
+    assert not moved(first, checkpoint(cfg, "stage2")["student"])      # of no loss nothing is learnt
+
+
 def test_streams_share_one_noised_sample_and_the_pair_its_noise(chain, tmp_path, monkeypatch):         # T13, 3.4
     """HR and student sample get the same t and eps; the noise differs from the one that made the sample."""
     cfg = fork(chain, stage2, tmp_path, ["stage0", "stage1"], steps=2)
