@@ -113,7 +113,7 @@ def dmd_gradient(z_0, x_real, x_fake):
     scale = (z_0 - x_real).abs().mean(dim=axes, keepdim=True).clamp_min(1e-5)
     g = (x_fake - x_real) / scale
     keep = (g.abs().mean(dim=axes) < 10).float()                        # false for NaN as well
-    return torch.where(M.bcast(keep, g) > 0, g, 0), keep                # 0 times inf would be NaN
+    return torch.nan_to_num(g, 0, 0, 0), keep                           # as 0 times inf would be NaN
 
 
 def dmd_loss(z_0, g, keep, half=True):
