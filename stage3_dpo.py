@@ -12,8 +12,8 @@ Writes  out/<preset>/stage3/pairs.pt, the ranked pairs, used again if they are t
 
 Differs from the paper: (1) the scorer is an offline proxy unless DOVER or a pyiqa metric is installed and named;
 (2) training happens at t = 1, the only time at which the student is ever run, with fresh noise that both members of
-a pair share (dpo_t = "uniform" is the formula as printed); (3) there dpo_inside is linear in the student's output, and
-the loss falls for ever along winner - loser: an anchor to the stage II student is added (anchor = 0 takes it away).
+a pair share (the z_t of the formula suggests dpo_t = "uniform"); (3) there dpo_inside is linear in the student's output
+and the loss falls for ever along winner - loser: an anchor to the stage II student is added (anchor = 0: none).
 """
 import json
 import os
@@ -48,18 +48,18 @@ class Config:
     lora: int = 0                   # rank of the adapters that are trained alone; 0: all weights [VideoAlign: 64]
     checkpointing: bool = False     # keep the inputs of blocks alone and compute the rest twice: less memory
     dry_run: bool = False           # print what a step costs, in passes, FLOPs and memory, and stop
-    pairs: int = 24                 # LR clips for which candidates are made [paper: 2,000 pairs]
+    pairs: int = 24                 # times that candidates are made, clip after clip, then again [paper: 2,000 pairs]
     candidates: int = 4             # outputs per LR clip [not in the paper's summary]
     scorer: str = "proxy"           # "proxy", "dover", or "pyiqa:<metric>" [paper: DOVER]
     margin: float = 0.5             # share of the pairs kept, those whose scores differ most [ours]
     steps: int = 60                 # optimiser steps [paper: 1,000]
     lr: float = 2e-4                # learning rate [ours; 1e-5 moved nothing in 50 steps]
-    dpo_t: str = "one"              # "one": t = 1; "uniform": t ~ U(0, 1), the formula as printed [paper]
+    dpo_t: str = "one"              # "one": t = 1 [ours]; "uniform": t ~ U(0, 1), as the z_t of the formula suggests
     dpo_beta: float = 0.0           # beta of the mean-reduced loss; 0: 2 / (alpha median |winner - loser|^2) [ours]
-    beta_mode: str = "constant"     # "constant", or "flow": beta (1 - t)^2, which is 0 at t = 1 [Flow-DPO]
+    beta_mode: str = "constant"     # "constant", or "flow": beta (1 - t)^2, which is 0 at t = 1 [VideoAlign]
     anchor: float = 1.0             # times beta / (4 alpha), on |x - x_ref|^2; 0: none [ours]
-    alpha: float = 4.0              # the anchor lets the output move by alpha E[winner - loser | LR] [ours: LOG.md]
-    own_noise: bool = False         # replay each candidate's own noise: a saddle: see dpo_inside
+    alpha: float = 4.0              # the output moves by at most alpha E[winner - loser | LR] [ours: LOG.md]
+    own_noise: bool = False         # replay each candidate's own noise, a saddle: see dpo_inside
     log_every: int = 5              # steps between log lines
     save_every: int = 20            # steps between checkpoints and panels
 
@@ -93,14 +93,20 @@ def dpo_inside(win, win_ref, lose, lose_ref, beta):
     return -beta / 2 * ((win - win_ref) - (lose - lose_ref))
 
 
-def dpo_loss(inside):
-    """L_DPO = -E log sigmoid(inside), the mean taken after the logarithm; ln 2 at the start."""
-    return -F.logsigmoid(inside).mean()
+def dpo_loss(inside, drift=0.0, lam=0.0):
+    """L_DPO = -E log sigmoid(inside), the mean taken after the logarithm, ln 2 at the start; and the anchor, lam times
+    drift = |x - x_ref|^2 [ours]."""
+    return -F.logsigmoid(inside).mean() + lam * drift
 
 
 def choose_beta(distance, alpha):
     """beta such that a move of alpha (winner - loser) makes inside about 2: 2 / (alpha median |z_w - z_l|^2)."""
     return 2 / (alpha * distance.median().clamp_min(1e-8).item())
+
+
+def beta_at(beta, t, mode):
+    """beta_t: beta, or, mode = "flow", beta (1 - t)^2, with which errors of velocities count as those of noise do."""
+    return beta * (1 - t).square() if mode == "flow" else beta
 
 
 def rank_pair(scores):
@@ -168,8 +174,8 @@ def make_pairs(student, vae, bank, clip, cfg, scorer, device):
         videos = [data.to_uint8(vae.draw_onto(up, z_lr, x[None])) for x in z]      # infer.py's, before its colours
         scores = scorer(videos, lr)
         best, worst, margin = rank_pair(scores)
-        records.append({"clip": i, "scores": [round(float(s), 4) for s in scores], "winner": best, "loser": worst,
-                        "margin": round(margin, 4)})
+        records.append({"clip": i % len(bank), "scores": [round(float(s), 4) for s in scores], "winner": best,
+                        "loser": worst, "margin": round(margin, 4)})
         winners.append(z[best].half().cpu()), losers.append(z[worst].half().cpu())
         conditions.append(z_lr[0].half().cpu()), noises.append(eps[[best, worst]].half().cpu())
     order = sorted(range(cfg.pairs), key=lambda i: -records[i]["margin"])[:max(1, round(cfg.margin * cfg.pairs))]
@@ -216,8 +222,8 @@ def main(cfg):
         M.LoRA(student, cfg.lora)
     trained = [p for p in student.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(trained, lr=cfg.lr, weight_decay=0)
-    stamp = repr([data.sha256(source), cfg.pairs, cfg.candidates, cfg.scorer, cfg.margin, cfg.seed, cfg.data,
-                  cfg.clips])                                           # all that the pairs depend on
+    # all that the pairs depend on; the name of the bank is a hash of its clips' settings and files
+    stamp = repr([data.sha256(source), bank.path.name, cfg.pairs, cfg.candidates, cfg.scorer, cfg.margin, cfg.seed])
     saved = dict(vae=vae, optimiser=optimiser, source=stamp) | \
         ({"lora": student.lora} if cfg.lora else {"student": student})
     start = common.continue_from(f"{out_dir}/last.pt", cfg, saved)
@@ -235,7 +241,8 @@ def main(cfg):
     pairs = torch.load(path, map_location="cpu", weights_only=True)
     distance = (pairs["win"].float() - pairs["lose"].float()).square().mean(dim=(1, 2, 3, 4))
     beta = cfg.dpo_beta or choose_beta(distance, cfg.alpha)
-    lam = cfg.anchor * beta / (4 * cfg.alpha)       # beta / 2 (w - l) and 2 lam (x - x_ref) are equal at alpha (w - l)
+    # the pulls of the two, sigmoid(-inside) beta (w - l) and 2 lam (x - x_ref), are equal at alpha (w - l) or before
+    lam = cfg.anchor * beta / (4 * cfg.alpha)
 
     ddp, parts = common.parallel(student, world), world * cfg.accumulate
 
@@ -278,17 +285,15 @@ def main(cfg):
                         v_ref = reference(z_t, **twice).float()
                 errors = squared_error(v, target).chunk(2)              # (e_w, e_l)
                 errors_ref = squared_error(v_ref, target).chunk(2)
-                beta_t = beta * (1 - t).square() if cfg.beta_mode == "flow" else beta
-                inside = dpo_inside(errors[0], errors_ref[0], errors[1], errors_ref[1], beta_t)
-                loss_dpo = dpo_loss(inside)
+                inside = dpo_inside(errors[0], errors_ref[0], errors[1], errors_ref[1], beta_at(beta, t, cfg.beta_mode))
                 drift = (M.bcast(t.repeat(2), v) * (v - v_ref)).square().mean()      # |x - x_ref|^2
-                ((loss_dpo + lam * drift) / cfg.accumulate).backward()
+                (dpo_loss(inside, drift, lam) / cfg.accumulate).backward()
         norm = common.clip_and_step(optimiser, student, 1.0)
 
         # 3) log, save, panel
         done = step + 1
         if done % cfg.log_every == 0 or done == cfg.steps:
-            values = dict(dpo=loss_dpo, accuracy=(inside > 0).float().mean(), inside=inside.mean(),
+            values = dict(dpo=dpo_loss(inside), accuracy=(inside > 0).float().mean(), inside=inside.mean(),
                           winner_error=errors[0].mean(), winner_change=(errors[0] - errors_ref[0]).mean(),
                           loser_error=errors[1].mean(), loser_change=(errors[1] - errors_ref[1]).mean(),
                           drift=drift / (z_w - z_l).square().mean(), grad_norm=norm)

@@ -14,29 +14,29 @@ def one(x):
     return torch.tensor([[[[list(x)]]]], dtype=torch.float32)           # (1, 1, 1, 1, n)
 
 
-def inside_of(x, x_ref, win, lose, eps, t, beta):
+def inside_of(x, x_ref, win, lose, eps, beta):
     """The stage's own arithmetic for a student whose clean estimate at t = 1 is x, and a reference's x_ref."""
     e = [stage3.squared_error(eps - a, eps - b) for b in (win, lose) for a in (x, x_ref)]
     return stage3.dpo_inside(*e, beta)
 
 
-def test_dpo_starts_at_ln_2():                                                          # T16
+def test_dpo_starts_at_ln_2():
     e = torch.rand(4)
     loss = stage3.dpo_loss(stage3.dpo_inside(e, e, 2 * e, 2 * e, 500.0))
     assert loss.item() == pytest.approx(math.log(2), abs=1e-6)
 
 
-def test_dpo_at_t_1_is_an_inner_product():                                              # T16b
+def test_dpo_at_t_1_is_an_inner_product():
     x_ref, win, lose = one([0, 0, 0, 0]), one([1, 0, 0, 0]), one([0, 0, 0, 0])
     x = one([0.1, 0, 0, 0])
-    inside = inside_of(x, x_ref, win, lose, torch.randn(1, 1, 1, 1, 4), 1.0, 100.0)
+    inside = inside_of(x, x_ref, win, lose, torch.randn(1, 1, 1, 1, 4), 100.0)
     assert inside.item() == pytest.approx(2.5, abs=1e-4)                # beta <delta, d> / N
     assert stage3.dpo_loss(inside).item() == pytest.approx(0.07889, abs=1e-4)
 
 
-def test_dpo_sign_turns_with_the_pair():                                                # T16f
+def test_dpo_sign_turns_with_the_pair():
     x, x_ref, win, lose, eps = (torch.randn(1, 4, 1, 2, 2) for _ in range(5))
-    a, b = inside_of(x, x_ref, win, lose, eps, 1.0, 10.0), inside_of(x, x_ref, lose, win, eps, 1.0, 10.0)
+    a, b = inside_of(x, x_ref, win, lose, eps, 10.0), inside_of(x, x_ref, lose, win, eps, 10.0)
     torch.testing.assert_close(a, -b)
 
 
@@ -56,28 +56,28 @@ def gradient(w, eps_w, eps_l, shared, beta):
     return weight.grad.item()
 
 
-def test_own_noise_teaches_nothing_and_shared_noise_does():                             # T16c
+def test_own_noise_teaches_nothing_and_shared_noise_does():
     assert gradient(0.7, 1.3, -0.4, None, 100.0) == pytest.approx(0.0, abs=1e-4)
     assert gradient(0.7, 1.3, -0.4, 0.9, 100.0) == pytest.approx(-53.55, abs=0.01)
 
 
-def test_flow_beta_is_zero_at_the_student_s_time():                                     # T16d
+def test_flow_beta_is_zero_at_the_student_s_time():
     e = torch.rand(4, requires_grad=True)
-    beta = 500 * (1 - torch.ones(4)).square()
+    assert stage3.beta_at(500.0, torch.tensor(0.2), "flow").item() == pytest.approx(320)
+    beta = stage3.beta_at(500.0, torch.ones(4), "flow")
     loss = stage3.dpo_loss(stage3.dpo_inside(e, torch.zeros(4), -e, torch.zeros(4), beta))
     loss.backward()
     assert loss.item() == pytest.approx(math.log(2)) and e.grad.abs().max() == 0
 
 
 @pytest.mark.parametrize("anchor, expected", [(500.0, 0.015675), (0.0, None)])
-def test_anchor_gives_the_loss_a_minimum(anchor, expected):                             # T16e
+def test_anchor_gives_the_loss_a_minimum(anchor, expected):
     """One pixel, winner - loser = 0.1, beta = 500: with the anchor delta settles, without it passes the winner."""
     delta = torch.zeros(1, 1, 1, 1, 1, requires_grad=True)
     win, lose, zero = one([0.1]), one([0.0]), one([0.0])
     optimiser = torch.optim.SGD([delta], lr=2e-4)
     for _ in range(1000):
-        inside = inside_of(delta, zero, win, lose, zero, 1.0, 500.0)
-        loss = stage3.dpo_loss(inside) + anchor * delta.square().mean()
+        loss = stage3.dpo_loss(inside_of(delta, zero, win, lose, zero, 500.0), delta.square().mean(), anchor)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -93,7 +93,7 @@ def test_beta_makes_an_anchored_move_count_as_two():
     assert beta == pytest.approx(2 / (0.25 * 0.02))
     x_ref, win, lose = one([0.0, 0.0]), one([0.2, 0.0]), one([0.0, 0.0])         # |d|^2 = 0.02
     x = 0.25 * (win - lose)
-    assert inside_of(x, x_ref, win, lose, x_ref, 1.0, beta).item() == pytest.approx(2.0, abs=1e-4)
+    assert inside_of(x, x_ref, win, lose, x_ref, beta).item() == pytest.approx(2.0, abs=1e-4)
 
 
 @pytest.mark.parametrize("alpha, holds", [(0.25, True), (0.49, True), (0.51, False), (4.0, False)])
@@ -102,7 +102,7 @@ def test_own_noise_is_a_saddle_that_an_anchor_below_one_half_holds(alpha, holds)
     beta, zero = 50.0, torch.zeros(1, dtype=torch.double)
     e_l = torch.full((1,), 0.01 ** 2, dtype=torch.double)
     lam = beta / (4 * alpha)
-    moved = stage3.dpo_loss(stage3.dpo_inside(zero, zero, e_l, zero, beta)) + lam * torch.cat([zero, e_l]).mean()
+    moved = stage3.dpo_loss(stage3.dpo_inside(zero, zero, e_l, zero, beta), torch.cat([zero, e_l]).mean(), lam)
     assert (moved.item() > math.log(2)) == holds
 
 
