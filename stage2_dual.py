@@ -4,16 +4,24 @@ DMD moves the student's distribution towards the teacher's: a frozen "real" scor
 "fake" one, trained along on the student's own outputs, says where the student's lie; their difference is the gradient.
 RFS-GAN moves it towards real video: a small convolutional head reads the features of both score models.
 
+    gradient of     student     fake        head        real        (-: takes no part)
+    L_Diff          -           trains      -           -
+    L_D             -           detached    trains      no_grad
+    L_DMD           trains      no_grad     -           no_grad
+    L_G             trains      passes on   passes on   passes on
+    L_FM            trains      passes on   -           passes on
+
     python stage2_dual.py                                       # tiny, on a CPU
     torchrun --nproc_per_node=8 stage2_dual.py --preset small
 
-Reads   out/<preset>/stage1/last.pt: cfg (real score, and where the fake score starts), student.
+Reads   out/<preset>/stage1/last.pt: cfg (real score, and where the fake score starts), student; stage I's own source if
+        real_score = "teacher".
 Writes  out/<preset>/stage2/last.pt: student (averaged weights, read by stage III), net (its raw weights), fake, head,
         vae, and what --resume needs; log.jsonl, offsets.jsonl, panel.png, loss.png.
 
-Differs from the paper: (1) L_DMD carries the factor 1/2 of DMD2, so that its gradient is the normalised difference
-itself (dmd_half = False drops it); (2) the real score is the CFG-distilled model, one pass for a guided prediction;
-(3) hinge logits per patch. What a public summary of the paper leaves open is marked [ours] or with its source.
+Differs from the paper: L_DMD carries the factor 1/2 of DMD2, so that its gradient is the normalised difference itself
+(dmd_half = False drops it). Left open there and settled here: the real score is the CFG-distilled model, one pass for a
+guided prediction; logits are per patch; all else that is marked [ours] or with its source.
 Only for comparison (ablate.py): regression in place of the streams, and a student that has not been through stage I.
 
 Names: z_0 is the student's output here, z_hr the latent of HR (z_0 in stages 0 and I); eps_in the noise the student
@@ -62,10 +70,9 @@ class Config:
     w_dmd: float = 1.0              # weight of L_DMD [paper]
     w_gan: float = 0.1              # weight of L_G [paper]
     w_fm: float = 0.05              # weight of L_FM [paper]
-    w_mse: float = 1.0              # weight of the regression of stream mse, only for comparison [DOVE]
     dmd_half: bool = True           # 1/2 in L_DMD [DMD2]; the paper writes none, which doubles L_DMD
     t_min: float = 0.02             # score times are t_min + (t_max - t_min) shift(u) [DMD2]
-    t_max: float = 0.98             # a narrower range, such as 0.7, keeps closer to the LR [DMD2]
+    t_max: float = 0.98             # [DMD2]; a narrower range, such as 0.7, keeps closer to the LR [ours]
     shift: float = 1.0              # shift of the score times [ours; 5 at 1.3B: Self-Forcing]
     real_score: str = "cfg"         # "cfg": CFG-distilled, one pass; "teacher": stage 0 with guidance, two [ours]
     real_w: float = 0.5             # guidance weight of real_score "teacher" [ours]
@@ -98,7 +105,7 @@ HEAD_CHANNELS = {"tiny": 64, "small": 128, "wan1.3b": 512}         # width of th
 
 
 def score_times(u, t_min, t_max, shift):
-    """t = t_min + (t_max - t_min) shift(u), u: (B,) uniform. Rescaled, not clamped: no time is an atom."""
+    """t = t_min + (t_max - t_min) shift(u), u: (B,) uniform. To clamp would put 9 % of them at t_max at shift 5."""
     return t_min + (t_max - t_min) * M.time_shift(u, shift)
 
 
@@ -148,8 +155,8 @@ def detail(z, z_lr, z_hr):
 @torch.no_grad()
 def spatial_offsets(predict, z_0, z_hr, vae, eps, times=(0.2, 0.5, 0.8)):
     """How far the real score's clean estimates lie from HR, px, median over clips: [{"t", "student", "hr"}], starting
-    from the student's sample, noised, and from HR, noised. predict: (z_t, t) -> x_0. Where the first is larger the
-    real score misleads (the paper's Fig. 2)."""
+    from the student's sample, noised, and from HR, noised. predict: (z_t, t) -> x_0. Where the first is larger, the
+    real score's supervision is biased (the paper's Fig. 2)."""
     truth, rows = [data.to_uint8(v) for v in vae.decode(z_hr)], []
     for time in times:
         t, row = torch.full((len(z_hr),), time, device=z_hr.device), {"t": time}
@@ -157,7 +164,7 @@ def spatial_offsets(predict, z_0, z_hr, vae, eps, times=(0.2, 0.5, 0.8)):
             videos = vae.decode(predict(M.add_noise(z, eps, t), t))
             offsets = [math.hypot(*metrics.shift(data.to_uint8(v), hr)) for v, hr in zip(videos, truth, strict=True)]
             offsets = [x for x in offsets if math.isfinite(x)]          # a crop without texture has none
-            row[name] = round(statistics.median(offsets), 3) if offsets else None   # outliers: another texture
+            row[name] = round(statistics.median(offsets), 3) if offsets else None   # outliers matched another texture
         rows.append(row)
     return rows
 
@@ -175,7 +182,7 @@ def hinge_g(logits_fake):
 def fm_loss(fake, real, norm="mse"):
     """L_FM: distance of the student's score-model features from those of HR, (B, N, D) each, averaged over the list.
 
-    Features are normalised over D, so a term lies in [0, 4] and is 2 for unrelated ones. HR's are the target.
+    Features are normalised over D, so a term of "mse" lies in [0, 4] and is 2 for unrelated ones. HR's are the target.
     """
     distance = F.mse_loss if norm == "mse" else F.l1_loss
     pairs = zip(fake, real, strict=True)
@@ -226,7 +233,8 @@ def main(cfg):
     source, part = f"{cfg.out}/stage1/last.pt", "student" if cfg.init == "stage1" else "cfg"
     student, vae, _ = M.load_checkpoint(source, part, device, finished=True)
     fake, _, _ = M.load_checkpoint(source, "cfg", device, finished=True)
-    real = M.load_checkpoint(M.teacher_file(cfg), "ema", device)[0] if cfg.real_score == "teacher" else deepcopy(fake)
+    real = M.load_checkpoint(M.teacher_file(cfg), "ema", device, finished=True)[0] \
+        if cfg.real_score == "teacher" else deepcopy(fake)
     bank, clip = data.training_bank(cfg, rank, cfg.latents)
     if device.type == "cuda":
         M.halve(real)
@@ -240,9 +248,10 @@ def main(cfg):
     head = M.RFSHead(dim, len(taps), HEAD_CHANNELS[cfg.model], (clip["window"], side, side),
                      models=2 if cfg.features == "both" else 1, pooled=cfg.pooled).to(device)
     student.requires_grad_(True), fake.requires_grad_(True)
+    # beta_1 = 0, as Self-Forcing; the head learns sooner with momentum (LOG.md, "why the head did not learn")
     opt_student = torch.optim.AdamW(student.parameters(), lr=cfg.lr, betas=(0.0, 0.999), weight_decay=0)
     opt_fake = torch.optim.AdamW(fake.parameters(), lr=cfg.lr_fake, betas=(0.0, 0.999), weight_decay=0)
-    opt_head = torch.optim.AdamW(head.parameters(), lr=cfg.lr_head, betas=(0.9, 0.999), weight_decay=0)     # LOG.md
+    opt_head = torch.optim.AdamW(head.parameters(), lr=cfg.lr_head, betas=(0.9, 0.999), weight_decay=0)
 
     saved = dict(student=average, net=student, fake=fake, head=head, vae=vae,
                  opt_student=opt_student, opt_fake=opt_fake, opt_head=opt_head, source=data.sha256(source))
@@ -255,7 +264,7 @@ def main(cfg):
     def begin(step, k, part):
         """One part of the batch of update k: latents of HR and LR, and the noise that the student starts from."""
         common.reseed(cfg.seed, "stage 2", step, k)
-        update = step + cfg.aux_warmup + max(step, 0) * cfg.aux_per_student + k
+        update = step + cfg.aux_warmup + max(step, 0) * cfg.aux_per_student + k         # each gets new clips
         pair = bank.latents(vae, (update * parts + part) * cfg.batch, cfg.batch, device)
         z_hr, z_lr = data.random_run(clip["window"], *pair)
         return z_hr, z_lr, common.draw(torch.randn, z_lr.shape, part, parts, device)
@@ -278,18 +287,21 @@ def main(cfg):
         return [f for net in readers for f in score(net, z_t, t, z_lr)[1]]
 
     # the steps before 0 are the warm-up: auxiliary updates alone, until fake score and head know the student
-    first = start or (-cfg.aux_warmup if scored(cfg) else 0)
-    bar = tqdm(range(first, cfg.steps), "stage II", initial=first + cfg.aux_warmup, total=cfg.steps + cfg.aux_warmup,
+    warmup = cfg.aux_warmup if scored(cfg) else 0
+    first = start or -warmup
+    bar = tqdm(range(first, cfg.steps), "stage II", initial=first + warmup, total=cfg.steps + warmup,
                disable=rank > 0, dynamic_ncols=True)
+    head_trains = "gan" in cfg.streams                                  # in sequence also while DMD leads
     warm = []                                                           # L_D over the warm-up
     for step in bar:
-        active, head_trains = set(cfg.streams), "gan" in cfg.streams     # the head also while DMD leads, in sequence
+        active = set(cfg.streams)
         if cfg.order == "sequential":
             active = {"dmd"} if step < cfg.steps // 2 else {"gan"}
         gan, values = "gan" in active, {}
 
         # 1) auxiliary updates: the fake score follows the student (L_Diff), the head tells it from HR (L_D)
-        for k in range((cfg.aux_per_student if step >= 0 else 1) if scored(cfg) else 0):
+        updates = scored(cfg) * (cfg.aux_per_student if step >= 0 else 1)
+        for k in range(updates):
             opt_fake.zero_grad(), opt_head.zero_grad()
             for part in range(rank, parts, world):
                 z_hr, z_lr, eps_in = begin(step, k, part)
@@ -317,14 +329,14 @@ def main(cfg):
             norm_fake = common.clip_and_step(opt_fake, fake, cfg.clip_norm)
             if head_trains:
                 common.clip_and_step(opt_head, head, cfg.clip_norm)
-            values = dict(diff=loss_diff, d=loss_d, grad_norm_fake=norm_fake)
+            values = dict(diff=loss_diff, grad_norm_fake=norm_fake) | (dict(d=loss_d) if head_trains else {})
         if step < 0:
             warm.append(loss_d.item())
             bar.set_postfix_str(f"warm-up: diff {loss_diff.item():.3g} d {warm[-1]:.3g}")
             continue
 
         # 2) student update: L = w_dmd L_DMD + w_gan L_G + w_fm L_FM, all on one noised student sample
-        #    (and w_mse |z_0 - z_0^HR|^2, if stream mse was asked for)
+        #    (and |z_0 - z_0^HR|^2, if stream mse was asked for)
         fake.requires_grad_(False), head.requires_grad_(False)          # they pass gradient on to z_0 but take none
         opt_student.zero_grad()
         done = step + 1
@@ -334,9 +346,9 @@ def main(cfg):
             with common.accumulating(part + world >= parts, student_ddp):
                 with autocast:
                     z_0 = M.one_step(student_ddp, eps_in, z_lr)
-                losses = {}
+                losses = {}                                             # weighted, and so are they logged
                 if "mse" in active:
-                    losses["mse"] = cfg.w_mse * F.mse_loss(z_0, z_hr)
+                    losses["mse"] = F.mse_loss(z_0, z_hr)
                 if scored(cfg):
                     t, eps = noise(z_0, part)
                     z_t = M.add_noise(z_0, eps, t)
@@ -374,10 +386,10 @@ def main(cfg):
             if scored(cfg):
                 direction, axes = x_fake - x_real, (1, 2, 3, 4)
                 values |= dict(skipped=1 - keep.mean(), g_mean=g.abs().mean(),
-                               # what g should be, should dmd_gradient have been edited
+                               # mean |g| computed anew: shows an edit of dmd_gradient
                                g_want=(direction.abs().mean(axes) /
                                        (z_0 - x_real).abs().mean(axes).clamp_min(1e-5)).mean(),
-                               # the gradient that reaches the student, or would, against that direction
+                               # of what reaches the student (or would) with x_fake - x_real: below 0 a sign is flipped
                                g_cosine=cosine(pull.get("dmd", g), direction),
                                lag=(v_fake - (eps - z_0)).square().mean() / (v_real - (eps - z_0)).square().mean(),
                                detail_real=detail(x_real, z_lr, z_hr))
@@ -414,7 +426,7 @@ def verdicts(out_dir, offsets=()):
     if not lines:
         return []
     warm, lines = lines[0].get("d_warmup", 2), lines[-20:]
-    if "pull_gan" in lines[-1]:                                         # in sequence: since the head has led
+    if "pull_gan" in lines[-1]:                                         # sequential: its second half alone
         lines = [line for line in lines if "pull_gan" in line]
     last = {k: sum(line.get(k, 0) for line in lines) / len(lines) for k in lines[-1]}
     if "g_mean" not in last:                                            # regression alone
@@ -447,7 +459,7 @@ def verdicts(out_dir, offsets=()):
             words.append("the GAN pulls harder than DMD: halve w_gan")
     diffs = [line["diff"] for line in lines if "diff" in line]
     early, late = (sum(x) / max(1, len(x)) for x in (diffs[:len(diffs) // 2], diffs[len(diffs) // 2:]))
-    if len(diffs) >= 6 and late > 2 * early:                            # of eight lines a half spreads by a third
+    if len(diffs) >= 6 and late > 2 * early:                            # the mean of four varies by a third
         words.append("the fake score lags behind the student: raise aux_per_student or lr_fake")
     offsets = [row for row in offsets if None not in row.values()]
     if offsets:
