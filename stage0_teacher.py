@@ -72,11 +72,10 @@ PRESETS = {                         # the first one is the default
 # the maths of this stage
 
 
-def flow_loss(net, z_0, z_lr, text, t, eps, autocast):
+def flow_loss(net, z_0, z_lr, text, t, eps):
     """Flow-matching loss E ||v(z_t, t, z_lr, c) - (eps - z_0)||^2 per sample, (B,). z_0, z_lr, eps: (B, C, T, H, W)."""
-    with autocast:
-        v = net(M.add_noise(z_0, eps, t), t, z_lr, text)
-    return (v.float() - (eps - z_0)).square().mean(dim=(1, 2, 3, 4))
+    v = net(M.add_noise(z_0, eps, t), t, z_lr, text).float()
+    return (v - (eps - z_0)).square().mean(dim=(1, 2, 3, 4))
 
 
 def draw_prompts(u_negative, u_drop, negative, text_drop):
@@ -166,23 +165,24 @@ def main(cfg):
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(step, cfg)
         optimiser.zero_grad()
-        for part in range(rank, parts, world):
+        for part in range(rank, parts, world):                          # see common.draw
             common.reseed(cfg.seed, "stage 0", step)
             B = cfg.batch
 
             # 1) a batch: softened targets go with the negative prompt, some prompts are dropped, z_lr gets some noise
-            u = common.draw(torch.rand, (B, 5), part, parts, device)
-            text, soft = draw_prompts(u[:, 0], u[:, 1], cfg.negative, cfg.text_drop)
-            pair = bank.latents(vae, (step * parts + part) * B, B, device, soft, u[:, 2])
+            u_negative, u_drop, u_soft, u_lr, u_t = common.draw(torch.rand, (B, 5), part, parts, device).T
+            text, soft = draw_prompts(u_negative, u_drop, cfg.negative, cfg.text_drop)
+            pair = bank.latents(vae, (step * parts + part) * B, B, device, soft, u_soft)
             z_0, z_lr = data.random_run(clip["window"], *pair)
-            a = M.bcast(cfg.lr_noise * u[:, 3], z_lr)
+            a = M.bcast(cfg.lr_noise * u_lr, z_lr)
             z_lr = (1 - a) * z_lr + a * common.draw(torch.randn, z_lr.shape, part, parts, device)
 
             # 2) one flow-matching step
-            t = M.time_shift(u[:, 4], cfg.shift)
+            t = M.time_shift(u_t, cfg.shift)
             eps = common.draw(torch.randn, z_0.shape, part, parts, device)
             with common.accumulating(part + world >= parts, ddp):
-                losses = flow_loss(ddp, z_0, z_lr, text, t, eps, autocast)
+                with autocast:
+                    losses = flow_loss(ddp, z_0, z_lr, text, t, eps)
                 (losses.mean() / cfg.accumulate).backward()
         norm = common.clip_and_step(optimiser, net, 1.0)
         common.ema_update(ema, net, min(cfg.ema, (step + 1) / (step + 10)))

@@ -1,7 +1,7 @@
 """Stage I: from the multi-step teacher to a one-step student that training can start from.
 
-First CFG distillation: one network learns the guided velocity that took two. Then progressive distillation: a student
-learns to do in one step what its teacher does in two, becomes the teacher, and so on from 64 steps to 1.
+First CFG distillation: the guided velocity that took two passes is learnt in one. Then progressive distillation: a
+student learns to do in one step what its teacher does in two, becomes the teacher, and so on from 64 steps to 1.
 
     python stage1_pd.py                                         # tiny, on a CPU
     torchrun --nproc_per_node=8 stage1_pd.py --preset small
@@ -13,7 +13,7 @@ Writes  out/<preset>/stage1/last.pt: cfg (guided multi-step model, the real scor
 Differs from the paper: (1) the loss compares velocities, not end points, which would weigh the steps of a grid of 64
 up to 541 : 1 at shift 5 (pd_space = "z" is the paper's); (2) guidance is (1 + w) v(c) - w v(null): the factor w on
 the second term is missing in a public summary of the paper, and without it c = null would not give v(null); (3) "null"
-is the low-quality prompt (AGAINST in model.py): in the small teacher no text at all hardly differs from the good one.
+is the low-quality prompt (AGAINST in model.py): the tiny teacher hardly tells no text at all from the good one.
 """
 from copy import deepcopy
 from dataclasses import dataclass
@@ -121,11 +121,9 @@ def passes(cfg):
 
 
 def check(cfg):
-    common.check_choices(cfg, model=tuple(M.MODELS))
+    common.check_choices(cfg, model=tuple(M.MODELS), pd_space=("v", "z"))
     if any(a != 2 * b for a, b in zip(cfg.pd_grid, cfg.pd_grid[1:], strict=False)) or cfg.pd_grid[-1] != 1:
         raise SystemExit(f"pd_grid {cfg.pd_grid}: each number must be half the one before, and the last one 1")
-    if cfg.pd_space not in ("v", "z"):
-        raise SystemExit(f'pd_space {cfg.pd_space!r}: "v" or "z"')
     if min(cfg.cfg_steps, cfg.steps_per_phase) < 1:
         raise SystemExit("cfg_steps and steps_per_phase: at least 1")
 
@@ -167,9 +165,9 @@ def main(cfg):
             optimiser.state.clear()
         n = cfg.pd_grid[phase + 1] if phase >= 0 else 0                 # steps of this phase's student
         # the more steps, the less two of them differ from one, and the less Adam's own noise may move the student
-        peak, fraction = (cfg.pd_lr / n ** 0.5, k / cfg.steps_per_phase) if n else (cfg.cfg_lr, step / cfg.cfg_steps)
+        lr = cfg.pd_lr / n ** 0.5 * (1 - k / cfg.steps_per_phase) if n else cfg.cfg_lr * (1 - step / cfg.cfg_steps)
         for group in optimiser.param_groups:
-            group["lr"] = peak * (1 - fraction)
+            group["lr"] = lr
 
         # 2) one step towards the teacher: its guided velocity, or two of its steps in one
         optimiser.zero_grad()
