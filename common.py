@@ -106,11 +106,10 @@ def reseed(*key):
 
 
 def draw(sampler, shape, part, parts, device):
-    """Rows of one part of the batch, (B, ...), of sampler((parts * B, ...)), torch.rand or torch.randn.
+    """The rows of this part, (B, ...), of one draw for the whole batch. sampler: torch.rand or torch.randn.
 
-    A batch has a part for each process and each accumulated pass, parts = world * accumulate. The numbers are drawn
-    for the whole batch from the seed that all share: two parts with batch B train on what one with batch 2B would, and
-    no two see the same noise.
+    A batch has a part for each process and each accumulated pass, parts = world * accumulate, and all draw from the
+    seed that they share: two parts with batch B train on what one with 2B would, and no two see the same noise.
     """
     n = shape[0]
     return sampler((parts * n, *shape[1:]), device=device)[part * n:(part + 1) * n]
@@ -151,16 +150,11 @@ def clip_and_step(optimiser, net, max_norm):
 def ema_update(ema, net, decay):
     """ema <- decay * ema + (1 - decay) * net, parameter by parameter."""
     with torch.no_grad():
-        torch._foreach_lerp_(list(ema.parameters()), list(raw(net).parameters()), 1 - decay)
+        torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
 
 
 # ----------------------------------------------------------------------------
 # checkpoints and logs (call save, start_run, log and panel on rank 0 only)
-
-
-def raw(part):
-    """The module inside a DDP wrapper, or the part itself."""
-    return getattr(part, "module", part)
 
 
 def put(path, text):
@@ -172,7 +166,7 @@ def put(path, text):
 
 def save(path, cfg, stage, step, total, /, **parts):
     """Write {stage, config, step, total, a state dict per part}: under a temporary name, then renamed, never half."""
-    state = {k: raw(p).state_dict() if hasattr(raw(p), "state_dict") else p for k, p in parts.items()}
+    state = {k: p.state_dict() if hasattr(p, "state_dict") else p for k, p in parts.items()}
     torch.save({"stage": stage, "config": asdict(cfg), "step": step, "total": total, **state}, path + ".tmp")
     os.replace(path + ".tmp", path)
 
@@ -186,6 +180,7 @@ def continue_from(path, cfg, parts):
     if not cfg.resume or not os.path.exists(path):
         return 0
     state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # cpu: else all ranks share GPU 0
+    # may change; with other steps the decay of stage 0 and the middle of order = "sequential" move
     free = {"resume", "steps", "log_every", "save_every", "out", "data", "latents", "checkpointing", "compile"}
     changed = [k for k, v in asdict(cfg).items() if k not in free and state["config"].get(k, v) != v]
     if changed:
@@ -248,7 +243,7 @@ def log(out_dir, bar, step, **values):
     values = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in values.items()}
     with open(f"{out_dir}/log.jsonl", "a") as f:
         f.write(json.dumps({"step": step, **values}) + "\n")
-    bar.set_postfix_str(" ".join(f"{k} {v:.3g}" for k, v in values.items() if isinstance(v, (int, float))))
+    bar.set_postfix_str(" ".join(f"{k} {v:.3g}" for k, v in values.items()))
 
 
 def read_log(out_dir, name="log.jsonl"):
@@ -286,8 +281,7 @@ def panel(path, columns, verdicts=()):
     plt.close(fig)
 
     lines = read_log(os.path.dirname(path))
-    names = [k for k in dict.fromkeys(k for line in lines for k in line) if k != "step"
-             and all(isinstance(line.get(k, 0), (int, float)) for line in lines)]
+    names = [k for k in dict.fromkeys(k for line in lines for k in line) if k != "step"]
     fig, axes = plt.subplots(-(-len(names) // 4) or 1, 4, figsize=(13, 2.4 * (-(-len(names) // 4) or 1)),
                              squeeze=False, layout="constrained")
     for axis, name in zip(axes.flat, names, strict=False):

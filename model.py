@@ -1,6 +1,6 @@
 """The networks of DUO-VSR and what their outputs mean.
 
-    CONVENTIONS (each has a test in tests/test_maths.py)
+    CONVENTIONS (each has a test)
     time        t in [0, 1]; t = 1 is pure noise; the network is fed 1000 t
     path        z_t = (1 - t) z_0 + t eps
     velocity    v = eps - z_0, so that z_0 = z_t - t v and eps = z_t + (1 - t) v
@@ -80,6 +80,7 @@ def linear_velocity(z_t, t, z_lr, variance):
     z_0 = z_lr; at t = 0 it is -z_t. The skip connection of EDM (Karras et al. 2022), for flow matching given z_lr.
     """
     t, variance = bcast(t, z_t), variance.view(1, -1, 1, 1, 1)
+    # r = z_0 - z_lr, y = (1 - t) r + t eps: k = Cov(eps - r, y) / Var(y)
     k = (t - (1 - t) * variance) / (t.square() + (1 - t).square() * variance)
     return k * (z_t - (1 - t) * z_lr) - z_lr
 
@@ -288,7 +289,7 @@ class DiT(nn.Module):
 
 
 def halve(net):
-    """The linear layers of a frozen net's blocks in bf16, nearly all of it: under bf16 autocast the same numbers."""
+    """A frozen net with the linear layers of its blocks, nearly all of it, in bf16, as autocast computes anyway."""
     for module in net.blocks.modules():
         if isinstance(module, nn.Linear):
             module.bfloat16()
@@ -336,8 +337,8 @@ class RFSHead(nn.Module):
     dim: width D of one feature. taps: how many features there are of each model. grid: (T, H/2, W/2) token grid.
     models: 2 for real and fake, 1 for one of them. pooled: one logit per clip instead of one per patch (as DMD2).
     The last convolution starts at 0, so all logits start at 0 and the hinge loss at exactly 2. No normalisation between
-    the convolutions [ours: LOG.md]: taken over a clip, it takes away what a feature is there on the whole, by which the
-    head tells HR from a student early.
+    the convolutions [ours: LOG.md]: over a clip it removes how strong a feature is there, by which the head first tells
+    HR from a student.
     """
 
     def __init__(self, dim, taps, channels, grid, models=2, pooled=False):
@@ -427,8 +428,8 @@ class PatchVAE(nn.Module):
     patches are first turned into each other (`lap`), and each latent draws a patch of 8 x 8 pixels that fades out: a
     lapped orthogonal transform (Malvar 1990; as a filter before the blocks, Tran, Liang and Tu 2003). The decoder turns
     a little further than the encoder did, which smooths the borders of what patches do not agree on.
-    Latents have mean square 1 over all channels; a channel's standard deviation goes with the square root of its
-    pixels'. `fit` must be called, or weights be loaded, before use.
+    Latents have mean square 1 over all channels; a channel's standard deviation is as the square root of that of its
+    pixels. `fit` must be called, or weights be loaded, before use.
     """
     stride, channels = 4, 16
     angles = 0.5, 0.6   # radians, of the encoder and the decoder (JPEG XR: pi / 8): LOG.md, "patches that overlap"

@@ -80,7 +80,7 @@ def test_a_kill_while_a_log_is_rewritten_leaves_the_one_before(tmp_path, monkeyp
     assert common.read_log(tmp_path) == [{"step": 1}]
 
 
-def test_weights_are_fp32_because_bf16_would_not_move():                                # T22
+def test_weights_are_fp32_because_bf16_would_not_move():
     assert {p.dtype for p in M.build("tiny").parameters()} == {torch.float32}
     w = (0.02 * torch.randn(1_000_000)).bfloat16()
     moved = ((w.float() + 2e-6 * torch.randn(1_000_000).sign()).bfloat16() != w).float().mean().item()

@@ -29,7 +29,7 @@ def identity(z, t, z_lr, text):
 
 
 @pytest.mark.parametrize("size", [(3, 24, 24), (3, 26, 24), (1, 50, 64), (5, 24, 70), (7, 12, 44)])
-def test_tiles_cover_everything_and_blend_to_one(size):                                 # T17
+def test_tiles_cover_everything_and_blend_to_one(size):
     z, z_lr = torch.randn(2, 1, 4, *size)
     constant = M.tiled(lambda z, *_: torch.ones_like(z), (3, 24, 24))
     torch.testing.assert_close(constant(z, torch.ones(1), z_lr, M.prompt(z)), torch.ones_like(z))
@@ -68,7 +68,7 @@ def test_batch_of_tiles_keeps_samples_apart():
     torch.testing.assert_close(out, M.bcast(t, z).expand_as(z))
 
 
-def test_wavelet_colour():                                                              # T18
+def test_wavelet_colour():
     x = torch.rand(1, 3, 2, 40, 48) * 2 - 1
     torch.testing.assert_close(infer.wavelet_color(x, x), x, atol=1e-5, rtol=0)
     torch.testing.assert_close(infer.wavelet_color(x, x + 0.1), x + 0.1, atol=1e-5, rtol=0)

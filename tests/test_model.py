@@ -33,7 +33,7 @@ def test_wan_has_its_825_tensors():
         assert key in keys
 
 
-def test_fresh_model_outputs_zero_and_ignores_the_lr():                                 # T25
+def test_fresh_model_outputs_zero_and_ignores_the_lr():
     net = M.DiT(**M.MODELS["tiny"] | {"residual": False})
     z, z_lr = torch.randn(2, 2, 16, 1, 4, 4)
     assert net(z, torch.rand(2), z_lr, M.prompt(z)).abs().max() == 0
@@ -116,7 +116,7 @@ def test_rope_is_relative_and_per_axis():
     assert pair[0, 0, 0, :2].tolist() == pytest.approx([0.5403, 0.8415], abs=1e-4)              # interleaved pairs
 
 
-def test_token_grid_round_trip():                                                       # T10
+def test_token_grid_round_trip():
     """Tokens run t slowest, x fastest, and the head's grid is the patchifier's."""
     net = M.build("tiny")
     torch.nn.init.zeros_(net.patch_embedding.weight)
@@ -139,14 +139,14 @@ def test_token_grid_round_trip():                                               
 
 
 @pytest.mark.parametrize("dim, channels, count", [(128, 64, 442_625), (256, 128, 1_769_985), (1536, 512, 29_886_465)])
-def test_head_sizes(dim, channels, count):                                              # T11
+def test_head_sizes(dim, channels, count):
     with torch.device("meta"):
         head = M.RFSHead(dim, taps=3, channels=channels, grid=(3, 16, 16))
     assert sum(p.numel() for p in head.parameters()) == count
 
 
 @pytest.mark.parametrize("grid, out", [((3, 16, 16), (3, 4, 4)), ((3, 8, 8), (3, 2, 2)), ((1, 4, 4), (1, 2, 2))])
-def test_head_starts_at_zero_logits(grid, out):                                         # T11
+def test_head_starts_at_zero_logits(grid, out):
     head = M.RFSHead(16, taps=3, channels=16, grid=grid)
     logits = head([torch.randn(2, grid[0] * grid[1] * grid[2], 16) for _ in range(6)])
     assert logits.shape == (2, *out) and logits.abs().max() == 0

@@ -12,7 +12,7 @@ def clip(*values, n=16):
     return torch.tensor(values).view(-1, 1, 1, 1, 1).expand(-1, 1, 1, 1, n).clone()
 
 
-def test_dmd_gradient_points_from_fake_to_real():                                       # T2
+def test_dmd_gradient_points_from_fake_to_real():
     z, t = torch.tensor([0.7]).view(1, 1, 1, 1, 1), torch.tensor([0.5])
     x_real = M.to_x0(z, exact_velocity(z, t, m=0.0), t)
     x_fake = M.to_x0(z, exact_velocity(z, t, m=2.0), t)
@@ -21,7 +21,7 @@ def test_dmd_gradient_points_from_fake_to_real():                               
     assert (x_fake - x_real).item() == pytest.approx(1.0)
 
 
-def test_dmd_loss_has_the_gradient_g_over_n():                                          # T4
+def test_dmd_loss_has_the_gradient_g_over_n():
     z_0 = torch.randn(2, 4, 1, 4, 4, requires_grad=True)
     g = torch.randn_like(z_0)
     loss = stage2.dmd_loss(z_0, g, torch.ones(2))
@@ -33,7 +33,7 @@ def test_dmd_loss_has_the_gradient_g_over_n():                                  
     torch.testing.assert_close(z_0.grad, 2 * g / g.numel())
 
 
-def test_dmd_in_fp32_loses_nothing():                                                   # T3
+def test_dmd_in_fp32_loses_nothing():
     grads = []
     z_0, x_real, x_fake = torch.randn(3, 2, 4, 1, 4, 4).double()
     for dtype in (torch.float32, torch.float64):
@@ -44,7 +44,7 @@ def test_dmd_in_fp32_loses_nothing():                                           
     assert ((grads[0] - grads[1]).norm() / grads[1].norm()).item() < 1e-6
 
 
-def test_dmd_normaliser_is_per_sample():                                                # T5, heterogeneous batch
+def test_dmd_normaliser_is_per_sample():
     z_0, x_real, x_fake = clip(1.0, 10.0), clip(0.0, 0.0), clip(0.5, 0.5)
     g, _ = stage2.dmd_gradient(z_0, x_real, x_fake)
     torch.testing.assert_close(g, clip(0.5, 0.05))
@@ -61,7 +61,7 @@ def test_spikes_and_nan_are_skipped(bad):
 
 @pytest.mark.parametrize("t, shift, norm, ratio", [(.25, .2, .3011, .664), (.5, 1.0, 1.0507, .952),
                                                    (.75, 1.8, 1.8202, .989)])
-def test_dmd_mean_shift_of_gaussians(t, shift, norm, ratio):                            # T5
+def test_dmd_mean_shift_of_gaussians(t, shift, norm, ratio):
     """Student N(2, 1), real N(0, 1), exact scores: E[x_fake - x_real] = 2 t^2 / (t^2 + (1 - t)^2)."""
     n, t = 400_000, torch.tensor([t])
     z_0, eps = 2 + torch.randn(1, 1, 1, 1, n), torch.randn(1, 1, 1, 1, n)
@@ -73,7 +73,7 @@ def test_dmd_mean_shift_of_gaussians(t, shift, norm, ratio):                    
     assert g.mean().item() == pytest.approx(ratio, abs=0.01)
 
 
-def test_dmd_spreads_a_collapsed_student():                                             # T6
+def test_dmd_spreads_a_collapsed_student():
     z, t = torch.randn(1, 1, 1, 1, 8), torch.tensor([0.5])
     x_fake, x_real = posterior_mean(z, t, 0.0, 0.5), posterior_mean(z, t, 0.0, 1.0)
     torch.testing.assert_close(x_fake - x_real, -0.6 * z)               # a step against it pushes outwards
@@ -82,7 +82,7 @@ def test_dmd_spreads_a_collapsed_student():                                     
 
 
 @pytest.mark.parametrize("sign, converges", [(1, True), (-1, False)])
-def test_dmd_with_exact_scores_finds_the_data(sign, converges):                         # T7
+def test_dmd_with_exact_scores_finds_the_data(sign, converges):
     """Student a + b eps, exact scores of itself and of data N(0, 1): a -> 0, |b| -> 1; with the wrong sign a grows."""
     a, b = (torch.tensor(x, requires_grad=True) for x in (3.0, 0.2))
     optimiser = torch.optim.Adam([a, b], lr=0.02)
@@ -104,7 +104,7 @@ def test_dmd_with_exact_scores_finds_the_data(sign, converges):                 
         assert abs(a.item()) > 4
 
 
-def test_score_times_have_no_atoms():                                                   # T19
+def test_score_times_have_no_atoms():
     u = torch.rand(200_000)
     for shift in (1.0, 5.0, 8.0):
         t = stage2.score_times(u, 0.02, 0.98, shift)
@@ -119,7 +119,7 @@ def test_score_times_have_no_atoms():                                           
 # GAN and feature matching
 
 
-def test_hinge_values():                                                                # T11
+def test_hinge_values():
     zero = torch.zeros(2, 3, 4, 4)
     assert stage2.hinge_d(zero, zero).item() == 2.0 and stage2.hinge_g(zero).item() == 0.0
     wide = torch.tensor([[-3.0, 3.0]])                                  # hinge first, mean over patches afterwards
@@ -127,13 +127,13 @@ def test_hinge_values():                                                        
     assert stage2.hinge_d(torch.full((2,), 1.5), torch.full((2,), -1.5)).item() == 0.0
 
 
-def test_generator_gradient_through_the_noising():                                      # T12
+def test_generator_gradient_through_the_noising():
     z_0 = torch.zeros(2, 1, 1, 1, 1, requires_grad=True)
     stage2.hinge_g(M.add_noise(z_0, torch.randn_like(z_0), torch.full((2,), 0.5))).backward()
     assert z_0.grad.flatten().tolist() == [-0.25, -0.25]
 
 
-def test_feature_matching_values():                                                     # T13
+def test_feature_matching_values():
     f = [torch.randn(2, 200, 64) for _ in range(3)]
     assert stage2.fm_loss(f, f).item() == 0
     assert stage2.fm_loss(f, [torch.randn(2, 200, 64) for _ in f]).item() == pytest.approx(2, abs=0.05)
@@ -149,7 +149,7 @@ def test_feature_matching_values():                                             
 # itself, in test_stages.py, by spying on the losses while it runs.
 
 
-def test_equal_scores_give_no_gradient_and_guidance_does():                             # T8
+def test_equal_scores_give_no_gradient_and_guidance_does():
     net = tiny_net()
     z_0, eps, z_lr = torch.randn(3, 2, 16, 1, 4, 4)
     t = torch.tensor([0.3, 0.7])
