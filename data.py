@@ -40,6 +40,7 @@ from tqdm import tqdm
 
 import common
 import media
+import model as M
 
 SCALE = 4           # HR is 4 times as wide as LR, as in the paper
 BANK_FORMAT = 1     # raise it when the same settings make other clips: old banks are then not used any more
@@ -664,7 +665,6 @@ class LatentBank:
 
 def open_vae(model, path):
     """The video code of this model from a checkpoint of this project, or from Wan2.1's files."""
-    import model as M
     vae = M.build_vae(model).eval().requires_grad_(False)
     if isinstance(vae, M.PatchVAE):
         M.load_part(vae, M.read_checkpoint(path), "vae", path)
