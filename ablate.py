@@ -94,7 +94,7 @@ ARMS = {
             "short-warmup": ("aux_warmup", 30), "low-times": ("t_max", 0.7), "no-fm": ("w_fm", 0.0),
             "own-hr-noise": ("gan_same_noise", False), "one-logit": ("pooled", True), "fast-fake": ("lr_fake", 1e-3),
             "twice-dmd": ("dmd_half", False), "guided-teacher": ("real_score", "teacher"), "l1": ("fm_norm", "l1"),
-            "slow-student": ("lr", 1e-4)}.items()},
+            "fast-student": ("lr", 4e-4)}.items()},
 }
 STAGES = {2: stage2, 3: stage3}
 SHOWN = ("psnr", "ssim", "niqe", "vmaf_neg", "temporal", "grid")        # columns of evaluate.COLUMNS
