@@ -98,6 +98,7 @@ PRESETS = {                         # the first one is the default
 }
 
 BLURRED, GRAINY = 0.6, 1.2          # shares of the detail of HR at which verdicts speak of blur and of grain [ours]
+THROWN = 2.5                        # and, in any one line, of a student that is thrown about [ours: LOG.md]
 HEAD_CHANNELS = {"tiny": 64, "small": 128, "wan1.3b": 512}         # width of the discriminator head [ours]
 
 # ----------------------------------------------------------------------------
@@ -449,6 +450,8 @@ def verdicts(out_dir, offsets=()):
         words.append(f"the real score's x0 has {last['detail_real']:.0%} of HR's detail: blurred; lower t_max")
     if last["detail"] > GRAINY:
         words.append(f"the student adds {last['detail']:.0%} of HR's detail: grain; train longer, or lower cfg_w")
+    if (most := max(line["detail"] for line in lines)) > THROWN:
+        words.append(f"the student once added {most:.1f} times HR's detail: thrown about, or HR has none; lower lr")
     if "pull_gan" in last and "d" in last:                              # without auxiliary updates there is no d
         words.append(f"hinge L_D {last['d']:.2f}: " + ("the head has won; lower lr_head" if last["d"] < 0.3 else
                      "healthy" if last["d"] <= 1.95 else "the head has not learnt yet; raise aux_warmup" if warm > 1.95
