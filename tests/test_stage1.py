@@ -59,12 +59,12 @@ def test_pd_target_of_a_constant_teacher_is_that_constant():
 
 
 def test_pd_loss_spaces():
-    v, target, z_t = torch.randn(3, 2, 4, 1, 2, 2)
+    v, target, z_t = torch.randn(3, 2, 4, 1, 2, 2).double()             # to cancel z_t to the last digits
     t, t_end = torch.tensor([1.0, 0.5]), torch.tensor([0.0, 0.25])
     per_sample = (v - target).square().mean((1, 2, 3, 4))
     assert stage1.pd_loss(v, target, t, t_end).item() == pytest.approx(per_sample.mean().item())
     a, b = (z_t - M.bcast(t - t_end, v) * x for x in (v, target))       # any z_t: it cancels
-    assert stage1.pd_loss(v, target, t, t_end, "z").item() == pytest.approx((a - b).square().mean().item(), rel=1e-5)
+    assert stage1.pd_loss(v, target, t, t_end, "z").item() == pytest.approx((a - b).square().mean().item())
     grid = M.time_grid(64, 5.0).diff()
     assert (grid.max() / grid.min()).square().item() == pytest.approx(541, rel=0.01)
 

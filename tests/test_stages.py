@@ -329,7 +329,7 @@ def test_stage2_options_run(chain, tmp_path, changes):
 
 
 def test_regression_has_the_gradient_of_the_mean_squared_error(chain, tmp_path, monkeypatch):
-    """streams mse: the student's first gradient is w d/dw mean (z_0 - z_0^HR)^2; fake score and head stay as made."""
+    """streams mse: the student's first gradient is that of mean (z_0 - z_0^HR)^2; fake score and head stay as made."""
     cfg = fork(chain, stage2, tmp_path, ["stage0", "stage1"], steps=2, streams=("mse",), clip_norm=1e9)
     pairs, noises, found, run, one = [], [], [], data.random_run, M.one_step
     monkeypatch.setattr(data, "random_run", lambda *args: pairs.append(run(*args)) or pairs[-1])
