@@ -2,6 +2,7 @@
 
     python bench.py                         # all of these, for the preset tiny: three minutes on two cores
     python bench.py dit                     # the transformer, and diffusers' WanTransformer3DModel of the same weights
+    python bench.py dit --compile           # and both through torch.compile (needs g++); in inference: ours
     python bench.py stage2                  # one iteration of stage II: three auxiliary updates, one of the student
     python bench.py inference               # 21 frames, part by part
     python bench.py student                 # a 1024 x 1024 frame of the student that ships, and of SPAN x4 if it is
@@ -132,7 +133,7 @@ def bf16(device):
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
-def dit(preset, device, repeats, rate):
+def dit(preset, device, repeats, rate, compiled=False):
     """Forward, and forward + backward, ours and diffusers', one after the other in each repeat."""
     try:
         from diffusers import WanTransformer3DModel
@@ -151,35 +152,43 @@ def dit(preset, device, repeats, rate):
     z, z_lr = torch.randn(2, B, 16, *grid, device=device)
     t, text = torch.full((B,), 0.7, device=device), torch.randn(B, size["prompt_len"], size["text_dim"], device=device)
 
-    def ours():
+    def ours(net):
         with bf16(device):
             return net(z, t, z_lr, text)
 
-    def theirs():
+    def theirs(ref):
         return ref(torch.cat([z, z_lr], dim=1).to(dtype), 1000 * t, text.to(dtype), return_dict=False)[0]
+
+    runs = {"diffusers": partial(theirs, ref), "ours": partial(ours, net)}
+    pairs = {"ours / diffusers": ("ours", "diffusers")}
+    if compiled:
+        runs |= {"diffusers, compiled": partial(theirs, torch.compile(ref.forward)),
+                 "ours, compiled": partial(ours, torch.compile(net.forward))}
+        pairs |= {"both compiled": ("ours, compiled", "diffusers, compiled"),
+                  "ours compiled / diffusers": ("ours, compiled", "diffusers")}
 
     def work(part):
         with torch.no_grad():
-            for name, run in (("diffusers", theirs), ("ours", ours)):
+            for name, run in runs.items():
                 with part(f"{name}, forward"):
                     run()
-        for name, run in (("diffusers", theirs), ("ours", ours)):
+        for name, run in runs.items():
             net.zero_grad(), ref.zero_grad()
             with part(f"{name}, forward + backward"):
                 run().float().square().mean().backward()
     with torch.no_grad():
-        want = theirs().float()
-        apart = (ours().float() - want).abs().max() / want.std()
+        want = runs["diffusers"]().float()
+        apart = max((run().float() - want).abs().max() / want.std() for run in runs.values())
     print(f"dit: {sum(p.numel() for p in net.parameters()) / 1e6:.1f} M parameters, latents {B} x {grid}; ours and "
           f"diffusers' differ by {apart:.1e} of the standard deviation")
     parts = measure(work, device, repeats)
     for name, (seconds, flops) in parts.items():
         show(name, seconds, flops, rate)
     for what in ("forward", "forward + backward"):
-        pairs = zip(parts[f"ours, {what}"][0], parts[f"diffusers, {what}"][0], strict=True)
-        ratios = [a / b for a, b in pairs]
-        print(f"{f'ours / diffusers, {what}':44s} {statistics.median(ratios):8.3f}    "
-              f"({min(ratios):.3f} to {max(ratios):.3f})", flush=True)
+        for name, (a, b) in pairs.items():
+            ratios = [x / y for x, y in zip(parts[f"{a}, {what}"][0], parts[f"{b}, {what}"][0], strict=True)]
+            print(f"{f'{name}, {what}':44s} {statistics.median(ratios):8.3f}    "
+                  f"({min(ratios):.3f} to {max(ratios):.3f})", flush=True)
 
 
 def stage2(preset, device, repeats, rate):
@@ -270,7 +279,7 @@ def stage2(preset, device, repeats, rate):
     show_all(measure(work, device, repeats), "one iteration", rate)
 
 
-def inference(preset, device, repeats, rate):
+def inference(preset, device, repeats, rate, compiled=False):
     """21 frames enlarged four times: small models in tiles of their crop, as in infer.py, Wan's whole and in bf16."""
     net, (h, w) = M.build(preset).to(device).requires_grad_(False), SIZES[preset]["inference"]
     if preset == "wan1.3b":
@@ -279,6 +288,8 @@ def inference(preset, device, repeats, rate):
         vae, clip = M.build_vae(preset).to(device).requires_grad_(False), data.CLIPS[preset]
         side = clip["crop"] // vae.stride
         velocity = M.tiled(net, (clip["window"], side, side))
+    if compiled:
+        net.compile()
     unit = 2 * vae.stride                                               # of a token, in pixels
     up = [-(-4 * n // unit) * unit for n in (h, w)]
     lr = torch.randn(1, 3, 21, h, w, device=device).clamp(-1, 1)
@@ -360,10 +371,13 @@ def main(argv=None):
     cli.add_argument("what", nargs="?", default="all", choices=[*BENCHES, "all"])
     cli.add_argument("--preset", choices=list(SIZES), default="tiny", help="which networks, and how large their inputs")
     cli.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: cuda if there is one")
+    cli.add_argument("--compile", action="store_true", help="dit, inference: also through torch.compile (needs g++)")
     cli.add_argument("--repeats", type=int, default=3, help="measurements of each line (default 3)")
     args = cli.parse_args(argv)
     if args.repeats < 1:
         raise SystemExit(f"--repeats {args.repeats}: at least 1")
+    if args.compile and args.what not in ("dit", "inference"):
+        raise SystemExit("--compile: for dit or inference, such as python bench.py dit --compile")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("--device cuda: not available")
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
@@ -374,7 +388,8 @@ def main(argv=None):
     for name in BENCHES if args.what == "all" else [args.what]:
         if name in ("inference", "student"):
             common.keep_memory()                                        # as infer.py
-        BENCHES[name](args.preset, device, args.repeats, rate)
+        options = {"compiled": True} if args.compile else {}
+        BENCHES[name](args.preset, device, args.repeats, rate, **options)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The bench: what it counts is what closed forms say, and each command prints its lines."""
 import re
+import shutil
 import statistics
 import sys
 from collections import Counter
@@ -43,9 +44,9 @@ def rows(monkeypatch):
     return seen
 
 
-def run(what, rows, capsys, repeats=2):
+def run(what, rows, capsys, *flags, repeats=2):
     """Run a command; checks its lines, as shown and as printed, and returns what was printed."""
-    bench.main([what, "--device", "cpu", "--repeats", str(repeats)])
+    bench.main([what, "--device", "cpu", "--repeats", str(repeats), *flags])
     said = capsys.readouterr().out
     assert said.startswith(bench.machine(torch.device("cpu"))) and torch.__version__ in said.splitlines()[0]
     for name, (seconds, flops, rate) in rows.items():
@@ -86,6 +87,19 @@ def test_dit_compares_the_same_network(rows, capsys):
         ratio = re.search(rf"^ours / diffusers, {re.escape(what)} +([\d.]+) ", said, re.M)[1]
         assert float(ratio) == pytest.approx(statistics.median(
             a / b for a, b in zip(ours[0], theirs[0], strict=True)), abs=1e-3)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on a CPU")
+def test_compiled_networks_are_timed_beside_the_others(rows, capsys):
+    said = run("dit", rows, capsys, "--compile")
+    assert float(re.search(r"differ by (\S+) of", said)[1]) < 1e-4       # the largest of all four
+    for what in ("forward", "forward + backward"):
+        for label, a, b in (("both compiled", "ours, compiled", "diffusers, compiled"),
+                            ("ours compiled / diffusers", "ours, compiled", "diffusers")):
+            ratio = re.search(rf"^{label}, {re.escape(what)} +([\d.]+) ", said, re.M)[1]
+            (seconds, flops, _), (others, same, _) = rows[f"{a}, {what}"], rows[f"{b}, {what}"]
+            assert flops == same and float(ratio) == pytest.approx(statistics.median(
+                x / y for x, y in zip(seconds, others, strict=True)), abs=1e-3)
 
 
 def test_dit_without_diffusers_says_so(rows, capsys, monkeypatch):
@@ -154,7 +168,8 @@ def test_all_runs_all(monkeypatch, rows, capsys):
 def test_mistakes_get_one_line(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for words, args in (("needs a GPU", ["--preset", "wan1.3b"]), ("at least 1", ["--repeats", "0"]),
-                        ("not available", ["--device", "cuda"]), ("invalid choice", ["teacher"])):
+                        ("not available", ["--device", "cuda"]), ("--compile", ["student", "--compile"]),
+                        ("invalid choice", ["teacher"])):
         with pytest.raises(SystemExit, match=words) as stop:
             bench.main(args)
         assert isinstance(stop.value.code, str) and "\n" not in stop.value.code
