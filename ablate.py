@@ -1,8 +1,8 @@
 """Run the arms of one ablation from the same stage I checkpoint, over several seeds, and say which arm beats which.
 
-    python ablate.py streams                                    # or stages, features, ratio, init, dpo, edits
-    python ablate.py streams --seeds 1 --steps 2 --max_clips 1 --out out/look         # a look, after a whole stage I
-    python ablate.py streams --resume                           # after Ctrl-C or a crash; also: only the tables again
+    python ablate.py streams                      # or streams-cfg, stages, features, ratio, init, dpo, edits
+    python ablate.py streams --seeds 1 --steps 2 --max_clips 1 --out out/look     # a look, after a whole stage I
+    python ablate.py streams --resume             # after Ctrl-C or a crash; also: only the tables again
 
 Every arm is a call of the stages' own main: the same clips, noise seed, later stages and number of student updates;
 what differs stands in ARMS. Arms of seed k train with seed k and are measured with noise seed k, as evaluate.py does.
@@ -14,7 +14,8 @@ Writes  <out>/ablate/NAME/: table.md; results.json (numbers per arm, seed and cl
 
 Differs from the paper: the joint row of its streams is its I + II + III row, and whether its other rows had stage III
 is not said; here all arms go through it alike, or with --no-stage3 none. Regression is DOVE's, no row of the paper. Its
-row of stages I + III, without II, is not run.
+row of stages I + III, without II, is not run. streams-cfg is not in the paper: the streams from a student that has not
+been through stage I.
 """
 import json
 import math
@@ -96,6 +97,9 @@ ARMS = {
             "twice-dmd": ("dmd_half", False), "guided-teacher": ("real_score", "teacher"), "l1": ("fm_norm", "l1"),
             "fast-student": ("lr", 4e-4)}.items()},
 }
+# the same streams where there is more to do: the one step of the CFG-distilled model is a blurred mean [ours]
+ARMS["streams-cfg"] = {key: replace(arm, two=arm.two | {"init": "cfg"}, paper=())
+                       for key, arm in ARMS["streams"].items() if key != "regression"}
 STAGES = {2: stage2, 3: stage3}
 SHOWN = ("psnr", "ssim", "niqe", "vmaf_neg", "temporal", "grid")        # columns of evaluate.COLUMNS
 

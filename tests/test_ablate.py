@@ -80,7 +80,7 @@ def run(base, tmp_path, monkeypatch):
 
 DIFFER = {      # the fields that the arms of an ablation may differ in, and nothing else
     "stages": {2: set(), 3: set()}, "streams": {2: {"streams", "order"}, 3: set()},
-    "features": {2: {"features"}, 3: set()},
+    "streams-cfg": {2: {"streams", "order"}, 3: set()}, "features": {2: {"features"}, 3: set()},
     "ratio": {2: {"aux_per_student"}, 3: set()}, "init": {2: {"init"}, 3: set()},
     "dpo": {2: set(), 3: {"dpo_t", "anchor", "own_noise", "alpha"}},
     "edits": {2: {"aux_warmup", "t_max", "w_fm", "gan_same_noise", "pooled", "lr_fake", "dmd_half", "real_score",
@@ -114,6 +114,8 @@ def test_arms_hold_what_their_names_say():
     both = ("dmd", "gan")
     assert two == {"dmd": (("dmd",), "joint"), "gan": (("gan",), "joint"), "sequential": (both, "sequential"),
                    "joint": (both, "joint"), "regression": (("mse",), "joint")}
+    assert {k: arm.two for k, arm in ablate.ARMS["streams-cfg"].items()} == {
+        k: arm.two | {"init": "cfg"} for k, arm in ablate.ARMS["streams"].items() if k != "regression"}
     assert [arm.two["aux_per_student"] for arm in ablate.ARMS["ratio"].values()] == [1, 3, 5]
     assert {k: arm.two.get("features", "both") for k, arm in ablate.ARMS["features"].items()} == {
         k: k for k in ("real", "fake", "both")}
