@@ -83,12 +83,13 @@ ARMS = {
     },
     "dpo": {
         "none": Arm("before DPO", row="stage2"),
-        "one": Arm("t = 1"),
-        "one-free": Arm("t = 1, no anchor", three=dict(anchor=0.0)),
-        "uniform": Arm("t uniform", three=dict(dpo_t="uniform")),
-        "uniform-free": Arm("uniform, no anchor", three=dict(dpo_t="uniform", anchor=0.0)),
-        "own-noise": Arm("own noise", three=dict(own_noise=True)),      # a saddle, left at alpha > 1/2: dpo_inside
-        "own-noise-held": Arm("own noise, alpha = 0.25", three=dict(own_noise=True, alpha=0.25)),     # must do nothing
+        "uniform": Arm("t uniform"),
+        "uniform-free": Arm("uniform, no anchor", three=dict(anchor=0.0)),
+        "one": Arm("t = 1", three=dict(dpo_t="one")),
+        "one-free": Arm("t = 1, no anchor", three=dict(dpo_t="one", anchor=0.0)),
+        # a saddle, left at alpha > 1/2 (dpo_inside); the second must do nothing
+        "own-noise": Arm("own noise", three=dict(dpo_t="one", own_noise=True)),
+        "own-noise-held": Arm("own noise, alpha = 0.25", three=dict(dpo_t="one", own_noise=True, alpha=0.25)),
     },
     "edits": {"none": Arm("as it is")} | {                              # one line of stage2_dual.py each, to discuss
         name: Arm(f"{field} = {value!r}", {field: value}) for name, (field, value) in {

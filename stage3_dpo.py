@@ -11,9 +11,10 @@ Writes  out/<preset>/stage3/pairs.pt, the ranked pairs, used again if they are t
         out/<preset>/stage3/last.pt: student, vae, and what --resume needs; log.jsonl, panel.png, loss.png.
 
 Differs from the paper: (1) the scorer is an offline proxy unless DOVER or a pyiqa metric is installed and named;
-(2) training happens at t = 1, the only time at which the student is ever run, with fresh noise that both members of
-a pair share (the z_t of the formula suggests dpo_t = "uniform"); (3) there dpo_inside is linear in the student's output
-and the loss falls for ever along winner - loser: an anchor to the stage II student is added (anchor = 0: none).
+(2) both members of a pair share fresh noise and its time, which is uniform, as the z_t of the formula suggests, though
+the student is only ever run at t = 1 (dpo_t = "one" trains there alone: LOG.md); (3) an anchor to the stage II student
+is added (anchor = 0: none): at t = 1 dpo_inside is linear in the student's output, and the loss falls for ever along
+winner - loser.
 """
 import json
 import os
@@ -54,7 +55,7 @@ class Config:
     margin: float = 0.5             # share of the pairs kept, those whose scores differ most [ours]
     steps: int = 60                 # optimiser steps [paper: 1,000]
     lr: float = 2e-4                # learning rate [ours; 1e-5 moved nothing in 50 steps]
-    dpo_t: str = "one"              # "one": t = 1 [ours]; "uniform": t ~ U(0, 1), as the z_t of the formula suggests
+    dpo_t: str = "uniform"          # t ~ U(0, 1), as the formula's z_t suggests; "one": t = 1 [ours: LOG.md]
     dpo_beta: float = 0.0           # beta of the mean-reduced loss; 0: 2 / (alpha median |winner - loser|^2) [ours]
     beta_mode: str = "constant"     # "constant", or "flow": beta (1 - t)^2, which is 0 at t = 1 [VideoAlign]
     anchor: float = 1.0             # times beta / (4 alpha), on |x - x_ref|^2; 0: none [ours]
@@ -241,7 +242,7 @@ def main(cfg):
     pairs = torch.load(path, map_location="cpu", weights_only=True)
     distance = (pairs["win"].float() - pairs["lose"].float()).square().mean(dim=(1, 2, 3, 4))
     beta = cfg.dpo_beta or choose_beta(distance, cfg.alpha)
-    # the pulls of the two, sigmoid(-inside) beta (w - l) and 2 lam (x - x_ref), are equal at alpha (w - l) or before
+    # at t = 1 the two pulls, sigmoid(-inside) beta (w - l) and 2 lam (x - x_ref), are equal at alpha (w - l) or before
     lam = cfg.anchor * beta / (4 * cfg.alpha)
 
     ddp, parts = common.parallel(student, world), world * cfg.accumulate

@@ -122,9 +122,9 @@ def test_arms_hold_what_their_names_say():
     assert {k: arm.two.get("init", "stage1") for k, arm in ablate.ARMS["init"].items()} == {
         k: k for k in ("stage1", "cfg")}
     assert {k: arm.three for k, arm in ablate.ARMS["dpo"].items()} == {
-        "none": {}, "one": {}, "one-free": {"anchor": 0.0}, "uniform": {"dpo_t": "uniform"},
-        "uniform-free": {"dpo_t": "uniform", "anchor": 0.0}, "own-noise": {"own_noise": True},
-        "own-noise-held": {"own_noise": True, "alpha": 0.25}}
+        "none": {}, "uniform": {}, "uniform-free": {"anchor": 0.0}, "one": {"dpo_t": "one"},
+        "one-free": {"dpo_t": "one", "anchor": 0.0}, "own-noise": {"dpo_t": "one", "own_noise": True},
+        "own-noise-held": {"dpo_t": "one", "own_noise": True, "alpha": 0.25}}
     rows = [arm.row for arm in ablate.ARMS["stages"].values()]
     assert rows == ["teacher50", "teacher1", "stage1", "stage2", "stage3"]
 
@@ -240,9 +240,9 @@ def test_stages_trains_once_and_takes_the_rows_of_the_teacher(run):
 
 def test_what_two_ablations_share_is_trained_once(run):
     run("stages", "--seeds", "1")
-    folder, calls = run("dpo", "--seeds", "1")                  # the anchored t = 1 is the default stage III
+    folder, calls = run("dpo", "--seeds", "1")                  # uniform with the anchor is the default
     assert calls == [(3, f"{key}-seed0") for key in list(ablate.ARMS["dpo"])[2:]]
-    assert (folder / "one-seed0/stage3").samefile(folder.parent / "stages/I+II+III-seed0/stage3")
+    assert (folder / "uniform-seed0/stage3").samefile(folder.parent / "stages/I+II+III-seed0/stage3")
     assert run("ratio", "--seeds", "2", "--no-stage3")[1] == [(2, f"aux{n}-seed{k}") for n, k in
                                                               ((1, 0), (5, 0), (1, 1), (3, 1), (5, 1))]
     shutil.rmtree(folder.parent / "stages")                     # what was shared is trained again, where it is needed

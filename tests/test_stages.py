@@ -374,15 +374,21 @@ def test_dpo_starts_at_ln_2_and_pairs_are_reused(chain, tmp_path, monkeypatch):
     assert checkpoint(cfg, "stage3")["step"] == 6
 
 
-@pytest.mark.parametrize("changes, zero", [(dict(own_noise=True, anchor=0.0), True), (dict(dpo_t="uniform"), False),
-                                           (dict(beta_mode="flow", anchor=0.0), True), (dict(anchor=0.0), False)])
-def test_dpo_variants(chain, tmp_path, changes, zero):
+@pytest.mark.parametrize("changes, zero", [(dict(dpo_t="one"), False), (dict(), False), (dict(anchor=0.0), False),
+                                           (dict(dpo_t="one", own_noise=True, anchor=0.0), True),
+                                           (dict(dpo_t="one", beta_mode="flow", anchor=0.0), True)])
+def test_dpo_variants(chain, tmp_path, monkeypatch, changes, zero):
     """Own noise and beta (1 - t)^2 teach nothing at t = 1: the first gradient is zero (own noise: up to fp16)."""
     cfg = fork(chain, stage3, tmp_path, ["stage0", "stage1", "stage2"], steps=1, **changes)
+    seen, add_noise = [], M.add_noise
+    monkeypatch.setattr(M, "add_noise", lambda z, eps, t: seen.append((eps, t)) or add_noise(z, eps, t))
     stage3.main(cfg)
     norm = json.loads(open(f"{cfg.out}/stage3/log.jsonl").readline())["grad_norm"]
     reference = json.loads(open(f"{chain[stage3].out}/stage3/log.jsonl").readline())["grad_norm"]
     assert norm < 0.05 * reference if zero else norm > 0.05 * reference
+    (eps_w, t_w), (eps_l, t_l) = seen                           # of winner and loser
+    assert torch.equal(t_w, t_l) and torch.equal(eps_w, eps_l) != cfg.own_noise
+    assert (t_w == 1).all() if cfg.dpo_t == "one" else 0 < t_w.min() < t_w.max() < 1
 
 
 def test_dpo_moves_towards_the_winner(chain, tmp_path):
