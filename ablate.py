@@ -87,7 +87,7 @@ ARMS = {
         "uniform-free": Arm("uniform, no anchor", three=dict(anchor=0.0)),
         "one": Arm("t = 1", three=dict(dpo_t="one")),
         "one-free": Arm("t = 1, no anchor", three=dict(dpo_t="one", anchor=0.0)),
-        # a saddle, left at alpha > 1/2 (dpo_inside); the second must do nothing
+        # a saddle, left at alpha > 1/2 (dpo_inside); the second does little
         "own-noise": Arm("own noise", three=dict(dpo_t="one", own_noise=True)),
         "own-noise-held": Arm("own noise, alpha = 0.25", three=dict(dpo_t="one", own_noise=True, alpha=0.25)),
     },

@@ -55,12 +55,12 @@ class Config:
     margin: float = 0.5             # share of the pairs kept, those whose scores differ most [ours]
     steps: int = 60                 # optimiser steps [paper: 1,000]
     lr: float = 2e-4                # learning rate [ours; 1e-5 moved nothing in 50 steps]
-    dpo_t: str = "uniform"          # t ~ U(0, 1), as the formula's z_t suggests; "one": t = 1 [ours: LOG.md]
+    dpo_t: str = "uniform"          # t ~ U(0, 1) [VideoAlign; the formula has a z_t]; "one": t = 1 [ours]
     dpo_beta: float = 0.0           # beta of the mean-reduced loss; 0: 2 / (alpha median |winner - loser|^2) [ours]
     beta_mode: str = "constant"     # "constant", or "flow": beta (1 - t)^2, which is 0 at t = 1 [VideoAlign]
     anchor: float = 1.0             # times beta / (4 alpha), on |x - x_ref|^2; 0: none [ours]
-    alpha: float = 4.0              # the output moves by at most alpha E[winner - loser | LR] [ours: LOG.md]
-    own_noise: bool = False         # replay each candidate's own noise, a saddle: see dpo_inside
+    alpha: float = 4.0              # at t = 1 the output moves by at most alpha E[winner - loser | LR] [ours: LOG.md]
+    own_noise: bool = False         # replay each candidate's own noise, at t = 1 a saddle: see dpo_inside
     log_every: int = 5              # steps between log lines
     save_every: int = 20            # steps between checkpoints and panels
 
@@ -88,8 +88,9 @@ def dpo_inside(win, win_ref, lose, lose_ref, beta):
     """-(beta / 2) ((e_w - e_w^ref) - (e_l - e_l^ref)), the implicit reward margin of Diffusion-DPO. All (B,).
 
     Positive where the student has moved towards the winner and away from the loser, compared with the reference.
-    With own noise (own_noise) both reference errors are 0 and so is the gradient, but it is a saddle: e_l grows as the
-    student spoils what it makes of the losers' noise. The anchor, beta / (8 alpha) (e_w + e_l), holds if alpha < 1/2.
+    With own noise (own_noise) at t = 1 both reference errors are 0 and so is the gradient, but it is a saddle: e_l
+    grows as the student spoils what it makes of the losers' noise. The anchor, beta / (8 alpha) (e_w + e_l), holds if
+    alpha < 1/2.
     """
     return -beta / 2 * ((win - win_ref) - (lose - lose_ref))
 
@@ -101,7 +102,8 @@ def dpo_loss(inside, drift=0.0, lam=0.0):
 
 
 def choose_beta(distance, alpha):
-    """beta such that a move of alpha (winner - loser) makes inside about 2: 2 / (alpha median |z_w - z_l|^2)."""
+    """beta such that a move of alpha (winner - loser) makes inside about 2, at t = 1: 2 / (alpha median |z_w - z_l|^2).
+    """
     return 2 / (alpha * distance.median().clamp_min(1e-8).item())
 
 
