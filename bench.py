@@ -302,7 +302,8 @@ def inference(preset, device, repeats, rate, compiled=False):
             z = M.one_step(velocity, torch.randn_like(z_lr), z_lr)
         with part("decode"):
             vae.decode(z)
-    print(f"inference: {preset}, 21 frames, {up[1]} x {up[0]}, {type(vae).__name__}")
+    print(f"inference: {preset}, 21 frames, {up[1]} x {up[0]}, {type(vae).__name__}"
+          + ", transformer compiled" * compiled)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     show_all(measure(work, device, repeats), "total", rate)
@@ -371,7 +372,7 @@ def main(argv=None):
     cli.add_argument("what", nargs="?", default="all", choices=[*BENCHES, "all"])
     cli.add_argument("--preset", choices=list(SIZES), default="tiny", help="which networks, and how large their inputs")
     cli.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: cuda if there is one")
-    cli.add_argument("--compile", action="store_true", help="dit, inference: also through torch.compile (needs g++)")
+    cli.add_argument("--compile", action="store_true", help="dit: also through torch.compile; inference: only so")
     cli.add_argument("--repeats", type=int, default=3, help="measurements of each line (default 3)")
     args = cli.parse_args(argv)
     if args.repeats < 1:

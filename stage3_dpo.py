@@ -102,8 +102,7 @@ def dpo_loss(inside, drift=0.0, lam=0.0):
 
 
 def choose_beta(distance, alpha):
-    """beta such that a move of alpha (winner - loser) makes inside about 2, at t = 1: 2 / (alpha median |z_w - z_l|^2).
-    """
+    """beta with which, at t = 1, moving by alpha (winner - loser) makes inside 2: 2 / (alpha median |z_w - z_l|^2)."""
     return 2 / (alpha * distance.median().clamp_min(1e-8).item())
 
 

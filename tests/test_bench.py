@@ -126,10 +126,13 @@ def test_stage2_runs_the_iteration_of_stage2_dual(rows, capsys, monkeypatch):
     assert rows["one iteration"][1] == sum(parts) and not rows["clipping and optimiser steps"][1]
 
 
-def test_inference_runs_in_tiles_of_the_code_of_the_preset(rows, capsys, monkeypatch):
-    build, names = M.build_vae, []
+@pytest.mark.parametrize("flags", [(), ("--compile",)])
+def test_inference_runs_in_tiles_of_the_code_of_the_preset(rows, capsys, monkeypatch, flags):
+    build, names, compiled = M.build_vae, [], []
+    monkeypatch.setattr(M.DiT, "compile", lambda net: compiled.append(net))      # asked for; test_compiled_... does it
     monkeypatch.setattr(M, "build_vae", lambda name: names.append(name) or build(name))
-    said = run("inference", rows, capsys)
+    said = run("inference", rows, capsys, *flags)
+    assert len(compiled) == len(flags) and ("compiled" in said) == bool(flags)
     assert names == ["tiny"] and "21 frames, 32 x 32" in said                           # 28 rows: whole tokens
     stride = build("tiny").stride
     side = 32 // stride // 2                                                            # 6 latent frames, 5 at once
