@@ -110,6 +110,16 @@ def show_all(parts, total, rate):
     show(total, [sum(run) for run in zip(*seconds, strict=True)], sum(flops), rate)
 
 
+@contextmanager
+def peak_memory(device):
+    """Say how much memory of a GPU was taken at once within a block."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    yield
+    if device.type == "cuda":
+        print(f"peak memory {torch.cuda.max_memory_allocated() / 1e9:.1f} GB")
+
+
 def matmul_rate(device, repeats):
     """FLOP/s of a large square matrix product, the yardstick of all that follows."""
     side, dtype = MATMUL[device.type]
@@ -195,7 +205,8 @@ def stage2(preset, device, repeats, rate):
     """One iteration of stage2_dual.py on random latents: no data, no checkpoints; drawing noise is not timed."""
     cfg = stage2_dual.Config(**{"model": preset} | stage2_dual.PRESETS.get(preset, {}))
     B, T, H, W = SIZES[preset]["stage2"]
-    student = M.build(preset).to(device)
+    with device:                                                        # drawn there: on a CPU 1.4 B take a while
+        student = M.build(preset)
     fake = deepcopy(student)
     real, average = (deepcopy(student).requires_grad_(False) for _ in range(2))
     if device.type == "cuda":
@@ -276,12 +287,15 @@ def stage2(preset, device, repeats, rate):
             common.ema_update(average, student, cfg.ema)
         fake.requires_grad_(True), head.requires_grad_(True)
     print(f"stage2: {preset}, latents {B} x {[T, H, W]}, {cfg.aux_per_student} auxiliary updates, one of the student")
-    show_all(measure(work, device, repeats), "one iteration", rate)
+    with peak_memory(device):
+        show_all(measure(work, device, repeats), "one iteration", rate)
 
 
 def inference(preset, device, repeats, rate, compiled=False):
     """21 frames enlarged four times: small models in tiles of their crop, as in infer.py, Wan's whole and in bf16."""
-    net, (h, w) = M.build(preset).to(device).requires_grad_(False), SIZES[preset]["inference"]
+    with device:
+        net = M.build(preset).requires_grad_(False)
+    h, w = SIZES[preset]["inference"]
     if preset == "wan1.3b":
         vae, velocity = M.WanVAE(MATMUL[device.type][1]).to(device), M.halve(net)
     else:
@@ -289,7 +303,7 @@ def inference(preset, device, repeats, rate, compiled=False):
         side = clip["crop"] // vae.stride
         velocity = M.tiled(net, (clip["window"], side, side))
     if compiled:
-        net.compile()
+        M.compile_blocks(net)
     unit = 2 * vae.stride                                               # of a token, in pixels
     up = [-(-4 * n // unit) * unit for n in (h, w)]
     lr = torch.randn(1, 3, 21, h, w, device=device).clamp(-1, 1)
@@ -304,11 +318,8 @@ def inference(preset, device, repeats, rate, compiled=False):
             vae.decode(z)
     print(f"inference: {preset}, 21 frames, {up[1]} x {up[0]}, {type(vae).__name__}"
           + ", transformer compiled" * compiled)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    show_all(measure(work, device, repeats), "total", rate)
-    if device.type == "cuda":
-        print(f"peak memory {torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB")
+    with peak_memory(device):
+        show_all(measure(work, device, repeats), "total", rate)
 
 
 def span():

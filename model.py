@@ -296,6 +296,12 @@ def halve(net):
     return net
 
 
+def compile_blocks(net):
+    """torch.compile of the blocks, nearly all of a DiT: all are one piece of code, so it is compiled once for all."""
+    for block in net.blocks:
+        block.compile()
+
+
 class LoRA(nn.Module):
     """Low-rank adapters of all linear layers in the blocks of a frozen DiT (Hu et al. 2021): y + up(down(x)).
 
@@ -603,11 +609,13 @@ def load_checkpoint(path, part="student", device="cpu", finished=False):
     if not isinstance(state.get(part), dict) or "head.head.weight" not in state[part]:
         nets = [k for k, v in state.items() if isinstance(v, dict) and "head.head.weight" in v]
         raise SystemExit(f"{path}: a {state['stage']} checkpoint without {part!r}; it has {', '.join(nets)}")
-    net, vae = build(state["config"]["model"]), build_vae(state["config"]["model"])
+    with torch.device("meta"):                                          # without drawing weights that are replaced
+        net = build(state["config"]["model"])
+    net, vae = net.to_empty(device=device), build_vae(state["config"]["model"])
     load_part(net, state, part, path)
     load_part(vae, state, "vae", path)
     info = {k: state[k] for k in ("config", "step", "stage")}
-    return net.to(device).eval().requires_grad_(False), vae.to(device).eval().requires_grad_(False), info
+    return net.eval().requires_grad_(False), vae.to(device).eval().requires_grad_(False), info
 
 
 WAN_NAMES = (           # diffusers' names -> Wan's, replaced in this order; diffusers numbers the norms as they come

@@ -157,7 +157,7 @@ def main(cfg):
     saved = dict(net=net, ema=ema, vae=vae, optimiser=optimiser)
     start = common.continue_from(f"{out_dir}/last.pt", cfg, saved)
     if cfg.compile:
-        net.compile()
+        M.compile_blocks(net)
     ddp, parts = common.parallel(net, world), world * cfg.accumulate
 
     bar = tqdm(range(start, cfg.steps), "stage 0", initial=start, total=cfg.steps, disable=rank > 0, dynamic_ncols=True)

@@ -1,5 +1,6 @@
 """The networks: shapes, sizes, token order, taps, the discriminator head, the video code, loading."""
 import math
+import shutil
 
 import pytest
 import torch
@@ -246,6 +247,17 @@ def test_patch_code_refuses_wrong_sizes():
         M.PatchVAE().encode(torch.zeros(1, 3, 8, 16, 16))
     with pytest.raises(ValueError, match="multiples of 4"):
         M.PatchVAE().encode(torch.zeros(1, 3, 9, 16, 18))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on a CPU")
+def test_compiled_blocks_are_one_piece_of_code_and_the_same_network():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    net, z, t = tiny_net(layers=3).requires_grad_(False), torch.randn(1, 16, 2, 4, 4), torch.rand(1)
+    want = net(z, t, z, M.prompt(z))
+    M.compile_blocks(net)
+    assert (net(z, t, z, M.prompt(z)) - want).abs().max() < 1e-4 * want.std()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 # ----------------------------------------------------------------------------
