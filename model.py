@@ -349,16 +349,17 @@ class RFSHead(nn.Module):
 
     def __init__(self, dim, taps, channels, grid, models=2, pooled=False):
         super().__init__()
-        self.grid, layers, width, size = grid, [], models * taps * dim, min(grid[1:])
-        convs = [nn.Conv3d(width, channels, 1)]
+        self.grid, layers, size = grid, [], min(grid[1:])
+        # a convolution over single tokens is a matrix product; as one it takes half the time on a CPU
+        self.project = nn.Linear(models * taps * dim, channels)
         for _ in range(2):
+            layers.append(nn.LeakyReLU(0.2))
             if size >= 4:                                               # halve the token grid, keep time
-                convs.append(nn.Conv3d(channels, channels, (3, 4, 4), stride=(1, 2, 2), padding=1))
+                layers.append(nn.Conv3d(channels, channels, (3, 4, 4), stride=(1, 2, 2), padding=1))
                 size //= 2
             else:                                                       # a 3 x 3 grid is left as it is
-                convs.append(nn.Conv3d(channels, channels, 3, padding=1))
-        for conv in convs:
-            layers += [conv, nn.LeakyReLU(0.2)]
+                layers.append(nn.Conv3d(channels, channels, 3, padding=1))
+        layers.append(nn.LeakyReLU(0.2))
         if pooled:
             layers.append(nn.AdaptiveAvgPool3d(1))
         layers.append(nn.Conv3d(channels, 1, 1))
@@ -368,7 +369,7 @@ class RFSHead(nn.Module):
 
     def forward(self, features):
         """features: list of (B, N, D), the real model's taps, then the fake's. Returns patch logits (B, T, y, x)."""
-        x = torch.cat([normalise(f) for f in features], dim=-1)         # depths and models differ widely in norm
+        x = self.project(torch.cat([normalise(f) for f in features], dim=-1))   # depths and models differ in norm
         T, H, W = self.grid
         return self.layers(rearrange(x, "B (T H W) D -> B D T H W", T=T, H=H, W=W)).squeeze(1)
 
