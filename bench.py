@@ -56,6 +56,7 @@ ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
         lambda grad, q, k, v, *rest, out_shape=None, **options: flop_counter.sdpa_backward_flop_count(grad, q, k, v),
 }
+PEAK = Counter()            # {part: bytes of GPU memory}; of timed runs: what counts FLOPs keeps recomputed activations
 
 
 @contextmanager
@@ -68,14 +69,16 @@ def count(flops, name):
 
 @contextmanager
 def clock(spent, device, name):
-    """Add the seconds of a block to spent[name]."""
+    """Add the seconds of a block to spent[name]; on a GPU note the most memory that it took, in PEAK."""
     if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         yield
         end.record()
         end.synchronize()
         spent[name] += start.elapsed_time(end) / 1000
+        PEAK[name] = max(PEAK[name], torch.cuda.max_memory_allocated())
     else:
         start = time.process_time()
         yield
@@ -103,21 +106,13 @@ def show(name, seconds, flops, rate):
 
 
 def show_all(parts, total, rate):
-    """A line for each part of `measure`, and one for their sum."""
+    """A line for each part of `measure`, one for their sum, and one of the memory that they took on a GPU."""
     for name, (seconds, flops) in parts.items():
         show(name, seconds, flops, rate)
     seconds, flops = zip(*parts.values(), strict=True)
     show(total, [sum(run) for run in zip(*seconds, strict=True)], sum(flops), rate)
-
-
-@contextmanager
-def peak_memory(device):
-    """Say how much memory of a GPU was taken at once within a block."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    yield
-    if device.type == "cuda":
-        print(f"peak memory {torch.cuda.max_memory_allocated() / 1e9:.1f} GB")
+    if PEAK:
+        print("peak memory in GB: " + ", ".join(f"{name} {PEAK[name] / 1e9:.1f}" for name in parts))
 
 
 def matmul_rate(device, repeats):
@@ -287,8 +282,7 @@ def stage2(preset, device, repeats, rate):
             common.ema_update(average, student, cfg.ema)
         fake.requires_grad_(True), head.requires_grad_(True)
     print(f"stage2: {preset}, latents {B} x {[T, H, W]}, {cfg.aux_per_student} auxiliary updates, one of the student")
-    with peak_memory(device):
-        show_all(measure(work, device, repeats), "one iteration", rate)
+    show_all(measure(work, device, repeats), "one iteration", rate)
 
 
 def inference(preset, device, repeats, rate, compiled=False):
@@ -318,8 +312,7 @@ def inference(preset, device, repeats, rate, compiled=False):
             vae.decode(z)
     print(f"inference: {preset}, 21 frames, {up[1]} x {up[0]}, {type(vae).__name__}"
           + ", transformer compiled" * compiled)
-    with peak_memory(device):
-        show_all(measure(work, device, repeats), "total", rate)
+    show_all(measure(work, device, repeats), "total", rate)
 
 
 def span():

@@ -126,6 +126,12 @@ def test_stage2_runs_the_iteration_of_stage2_dual(rows, capsys, monkeypatch):
     assert rows["one iteration"][1] == sum(parts) and not rows["clipping and optimiser steps"][1]
 
 
+def test_memory_of_a_gpu_is_told_by_part(capsys, monkeypatch):
+    monkeypatch.setattr(bench, "PEAK", Counter(forward=51.2e9, backward=57.0e9, elsewhere=1e9))
+    bench.show_all({"forward": ([1.0], 0), "backward": ([2.0], 0)}, "total", 1e12)
+    assert capsys.readouterr().out.splitlines()[-1] == "peak memory in GB: forward 51.2, backward 57.0"
+
+
 @pytest.mark.parametrize("flags", [(), ("--compile",)])
 def test_inference_runs_in_tiles_of_the_code_of_the_preset(rows, capsys, monkeypatch, flags):
     build, names, compiled = M.build_vae, [], []
