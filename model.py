@@ -343,7 +343,7 @@ class RFSHead(nn.Module):
     dim: width D of one feature. taps: how many features there are of each model. grid: (T, H/2, W/2) token grid.
     models: 2 for real and fake, 1 for one of them. pooled: one logit per clip instead of one per patch (as DMD2).
     The last convolution starts at 0, so all logits start at 0 and the hinge loss at exactly 2. No normalisation between
-    the convolutions [ours: LOG.md]: over a clip it removes how strong a feature is there, by which the head first tells
+    its layers [ours: LOG.md]: over a clip it removes how strong a feature is there, by which the head first tells
     HR from a student.
     """
 

@@ -54,7 +54,7 @@ class Config:
     negative: float = 0.25          # share of clips with softened target and the negative prompt [SUPIR]
     lr_noise: float = 0.1           # z_lr <- (1 - a) z_lr + a n, a ~ U(0, lr_noise) [SeedVR: 0.25]
     shift: float = 1.0              # time shift of the training times, uniform at 1 [SeedVR: 5 for large videos]
-    compile: bool = False           # torch.compile: 1.4 times as fast on a CPU with g++, after a minute or two
+    compile: bool = False           # torch.compile of the blocks: 1.25 times as fast on a CPU with g++, after 20 s
     checkpointing: bool = False     # keep the inputs of blocks alone and compute the rest twice: less memory
     dry_run: bool = False           # print what a step costs, in passes, FLOPs and memory, and stop
     log_every: int = 20             # steps between log lines
