@@ -48,9 +48,9 @@ BANK_FORMAT = 1     # raise it when the same settings make other clips: old bank
 # ---------------------------------------------------------------------------------------------- tensors
 
 
-def to_tensor(frames):
-    """uint8 (F, H, W, 3) -> float32 (3, F, H, W) in [-1, 1]."""
-    return torch.from_numpy(np.array(frames)).permute(3, 0, 1, 2).float().div(127.5).sub(1)
+def to_tensor(frames, device="cpu"):
+    """uint8 (F, H, W, 3), or several such, (B, F, H, W, 3) -> float32 (3, F, H, W), or (B, ...), in [-1, 1]."""
+    return torch.from_numpy(np.array(frames)).to(device).movedim(-1, -4).float().div(127.5).sub(1)     # bytes are moved
 
 
 def to_uint8(video):
@@ -550,8 +550,7 @@ class Bank:
         """Items first..first+count-1 of an endless stream: HR (count, 3, F, H, W), LR (.., h, w) in [-1, 1]."""
         with ThreadPoolExecutor(min(count, os.cpu_count())) as pool:    # a GPU waits while crops are cut
             crops = pool.map(lambda i: self.crop(*divmod(i, self.n)), range(first, first + count))
-        pair = (torch.from_numpy(np.stack(x)).to(device) for x in zip(*crops, strict=True))     # bytes, not floats
-        return tuple(x.permute(0, 4, 1, 2, 3).float().div(127.5).sub(1) for x in pair)
+        return tuple(to_tensor(x, device).contiguous() for x in zip(*crops, strict=True))
 
     def latents(self, vae, first, count, device, soft=None, u=None):
         """(z_hr, z_lr), (count, C, T, H, W), of such items. soft: (count,) bool, HR to blur first, by SOFT and u."""
