@@ -13,8 +13,8 @@ import common
 import data
 import model as M
 
-# bytes a parameter: fp32 weight, gradient, two Adam moments, and the bf16 copy that autocast keeps
-BYTES = {"trained": 16 + 2, "adapted": 4 + 2, "average": 4, "frozen": 4, "frozen bf16": 2}
+# bytes a parameter: fp32 weight, gradient, two Adam moments, and the bf16 copy that autocast keeps of what is trained
+BYTES = {"trained": 16 + 2, "adapted": 4, "average": 4, "frozen": 4, "frozen bf16": 2}
 
 
 def forward_flops(name, shape):
