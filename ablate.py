@@ -307,8 +307,7 @@ def prepare(args, folder, arms, key, seed):
             link(same, run / f"stage{n}")
     if 3 in cfgs and judge(arms, key) != key:                   # the same candidates, ranked once
         (run / "stage3").mkdir(exist_ok=True)
-        for name in ("pairs.pt", "pairs.json", "pairs.png"):
-            link(folder / f"{judge(arms, key)}-seed{seed}" / "stage3" / name, run / "stage3" / name)
+        link(folder / f"{judge(arms, key)}-seed{seed}" / "stage3" / "pairs", run / "stage3" / "pairs")
     return run, cfgs
 
 

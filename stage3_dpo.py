@@ -7,7 +7,7 @@ scorer; the best and the worst make a pair, and DPO moves the student from the w
     torchrun --nproc_per_node=8 stage3_dpo.py --preset small
 
 Reads   out/<preset>/stage2/last.pt: student.
-Writes  out/<preset>/stage3/pairs.pt, the ranked pairs, used again if they are there (pairs.json, pairs.png show them);
+Writes  out/<preset>/stage3/pairs/*.pt, the ranked pairs, used again if they are there; pairs.json, pairs.png show them;
         out/<preset>/stage3/last.pt: student, vae, and what --resume needs; log.jsonl, panel.png, loss.png.
 
 Differs from the paper: (1) the scorer is an offline proxy unless DOVER or a pyiqa metric is installed and named;
@@ -60,7 +60,7 @@ class Config:
     beta_mode: str = "constant"     # "constant", or "flow": beta (1 - t)^2, which is 0 at t = 1 [VideoAlign]
     anchor: float = 1.0             # times beta / (4 alpha), on |x - x_ref|^2; 0: none [ours]
     alpha: float = 4.0              # at t = 1 the output moves by at most alpha E[winner - loser | LR] [ours: LOG.md]
-    own_noise: bool = False         # replay each candidate's own noise, at t = 1 a saddle: see dpo_inside
+    own_noise: bool = False         # replay each candidate's own noise, at t = 1 a saddle: see beta in main
     log_every: int = 5              # steps between log lines
     save_every: int = 20            # steps between checkpoints and panels
 
@@ -88,9 +88,6 @@ def dpo_inside(win, win_ref, lose, lose_ref, beta):
     """-(beta / 2) ((e_w - e_w^ref) - (e_l - e_l^ref)), the implicit reward margin of Diffusion-DPO. All (B,).
 
     Positive where the student has moved towards the winner and away from the loser, compared with the reference.
-    With own noise (own_noise) at t = 1 both reference errors are 0 and so is the gradient, but it is a saddle: e_l
-    grows as the student spoils what it makes of the losers' noise. The anchor, beta / (8 alpha) (e_w + e_l), holds if
-    alpha < 1/2.
     """
     return -beta / 2 * ((win - win_ref) - (lose - lose_ref))
 
@@ -157,39 +154,38 @@ def make_scorer(name):
 
 
 @torch.no_grad()
-def make_pairs(student, vae, bank, clip, cfg, scorer, device):
-    """Candidates, scores, pairs: a dict of tensors, and one record per LR clip for people to read.
+def make_pair(i, student, vae, bank, clip, cfg, scorer, device):
+    """Pair i, the best and the worst of several outputs for one LR clip: {"win", "lose", "lr": latents (C, T, H, W),
+    "noise": of winner and loser (2, C, T, H, W), all fp16; "distance": mean (win - lose)^2; "record": for people}.
 
     Whole stored clips are judged, not crops: a scorer needs to see something.
     """
+    common.reseed(cfg.seed, "candidates", i)
     size = clip["crop"] // vae.stride
     velocity = M.tiled(student, (clip["window"], size, size))
-    winners, losers, conditions, noises, records = [], [], [], [], []
-    for i in tqdm(range(cfg.pairs), "candidates", dynamic_ncols=True):
-        common.reseed(cfg.seed, "candidates", i)
-        hr, lr = bank.whole(i % len(bank))
-        up = data.upsample(data.to_tensor(lr)[None].to(device), hr.shape[1:3])
-        z_lr = vae.encode(up)
-        eps = torch.randn(cfg.candidates, *z_lr.shape[1:], device=device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            z = torch.cat([M.sample(velocity, e[None], z_lr, 1) for e in eps])
-        videos = [data.to_uint8(vae.draw_onto(up, z_lr, x[None])) for x in z]      # infer.py's, before its colours
-        scores = scorer(videos, lr)
-        best, worst, margin = rank_pair(scores)
-        records.append({"clip": i % len(bank), "scores": [round(float(s), 4) for s in scores], "winner": best,
-                        "loser": worst, "margin": round(margin, 4)})
-        winners.append(z[best].half().cpu()), losers.append(z[worst].half().cpu())
-        conditions.append(z_lr[0].half().cpu()), noises.append(eps[[best, worst]].half().cpu())
-    order = sorted(range(cfg.pairs), key=lambda i: -records[i]["margin"])[:max(1, round(cfg.margin * cfg.pairs))]
-    for i, record in enumerate(records):
-        record["kept"] = i in order
-    kept = {"win": winners, "lose": losers, "lr": conditions, "noise": noises}
-    return {k: torch.stack([x[i] for i in order]) for k, x in kept.items()}, records
+    hr, lr = bank.whole(i % len(bank))
+    up = data.upsample(data.to_tensor(lr)[None].to(device), hr.shape[1:3])
+    z_lr = vae.encode(up)
+    eps = torch.randn(cfg.candidates, *z_lr.shape[1:], device=device)
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        z = torch.cat([M.sample(velocity, e[None], z_lr, 1) for e in eps])
+    scores = scorer([data.to_uint8(vae.draw_onto(up, z_lr, x[None])) for x in z], lr)  # infer.py's, before its colours
+    best, worst, margin = rank_pair(scores)
+    win, lose, z_lr, noise = (x.half().cpu() for x in (z[best], z[worst], z_lr[0], eps[[best, worst]]))
+    return {"win": win, "lose": lose, "lr": z_lr, "noise": noise,
+            "distance": (win.float() - lose.float()).square().mean().item(),
+            "record": {"clip": i % len(bank), "scores": [round(float(s), 4) for s in scores], "winner": best,
+                       "loser": worst, "margin": round(margin, 4)}}
+
+
+def read_pair(path):
+    return torch.load(path, weights_only=True, mmap=True)               # mmap: of a large file only what is used
 
 
 def show_pairs(path, pairs, vae, device):
-    """pairs.png: the middle frame of LR, loser, winner of the first pairs, and where they differ (x 4)."""
-    lr, lose, win = (vae.decode(pairs[k][:4].float().to(device)) for k in ("lr", "lose", "win"))
+    """pairs.png: the middle frame of LR, loser, winner of some pairs, and where they differ (x 4)."""
+    lr, lose, win = (torch.cat([vae.decode(p[k][None].float().to(device)) for p in pairs])
+                     for k in ("lr", "lose", "win"))
     common.panel(path, {"LR": lr, "loser": lose, "winner": win, "4 (winner - loser)": 4 * (win - lose)})
 
 
@@ -214,7 +210,8 @@ def main(cfg):
 
     # the student and its frozen reference: where it starts
     source = f"{cfg.out}/stage2/last.pt"
-    student, vae, _ = M.load_checkpoint(source, "student", device, finished=True)
+    student, vae, _ = M.load_checkpoint(source, "student", device, cfg.model, finished=True)
+    scorer = make_scorer(cfg.scorer)                                    # what is missing is told before clips are made
     bank, clip = data.training_bank(cfg, rank)
     reference = deepcopy(student)
     student.requires_grad_(True)
@@ -224,40 +221,47 @@ def main(cfg):
         M.LoRA(student, cfg.lora)
     trained = [p for p in student.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(trained, lr=cfg.lr, weight_decay=0)
-    # all that the pairs depend on; the name of the bank is a hash of its clips' settings and files
-    stamp = repr([data.sha256(source), bank.path.name, cfg.pairs, cfg.candidates, cfg.scorer, cfg.margin, cfg.seed])
+    # all that a pair depends on; the name of the bank is a hash of its clips' settings and files
+    stamp = repr([data.sha256(source), bank.path.name, cfg.candidates, cfg.scorer, cfg.seed])
     saved = dict(vae=vae, optimiser=optimiser, source=stamp) | \
         ({"lora": student.lora} if cfg.lora else {"student": student})
     start = common.continue_from(f"{out_dir}/last.pt", cfg, saved)
 
-    # the pairs, made once by rank 0; a file made from the same student with the same settings is used again
-    path = f"{out_dir}/pairs.pt"
-    if rank == 0:
-        if not (os.path.exists(path) and torch.load(path, weights_only=True)["stamp"] == stamp):
-            pairs, records = make_pairs(reference, vae, bank, clip, cfg, make_scorer(cfg.scorer), device)
-            common.put(f"{out_dir}/pairs.json", json.dumps({"scorer": cfg.scorer, "pairs": records}, indent=1))
-            show_pairs(f"{out_dir}/pairs.png", pairs, vae, device)
-            torch.save({"stamp": stamp, **pairs}, path + ".tmp")
-            os.replace(path + ".tmp", path)
+    # every process makes its share of the pairs; those made before from the same student are used again
+    paths = [f"{out_dir}/pairs/{i:05d}.pt" for i in range(cfg.pairs)]
+    common.make_folder(f"{out_dir}/pairs")
+    for i in tqdm(range(rank, cfg.pairs, world), "candidates", disable=rank > 0, dynamic_ncols=True):
+        if not (os.path.exists(paths[i]) and read_pair(paths[i])["stamp"] == stamp):
+            pair = make_pair(i, reference, vae, bank, clip, cfg, scorer, device)
+            torch.save({"stamp": stamp} | pair, f"{paths[i]}.tmp")
+            os.replace(f"{paths[i]}.tmp", paths[i])
     common.barrier()
-    pairs = torch.load(path, map_location="cpu", weights_only=True)
-    distance = (pairs["win"].float() - pairs["lose"].float()).square().mean(dim=(1, 2, 3, 4))
+    pairs = [read_pair(path) for path in paths]
+    kept = sorted(pairs, key=lambda pair: -pair["record"]["margin"])[:max(1, round(cfg.margin * cfg.pairs))]
+    if rank == 0:
+        records = [pair["record"] | {"kept": any(pair is x for x in kept)} for pair in pairs]
+        common.put(f"{out_dir}/pairs.json", json.dumps({"scorer": cfg.scorer, "pairs": records}, indent=1))
+        show_pairs(f"{out_dir}/pairs.png", kept[:4], vae, device)
+    distance = torch.tensor([pair["distance"] for pair in kept])
+    # alpha says how far the output may move, in units of (w - l); beta and lam follow. At t = 1 the two pulls,
+    # sigmoid(-inside) beta (w - l) of DPO and 2 lam (x - x_ref) of the anchor, are equal at alpha (w - l) or before.
+    # With own_noise, errors there start at 0 and so does the gradient, but at a saddle: e_l grows as the student
+    # spoils what it makes of the losers' noise; the anchor, beta / (8 alpha) (e_w + e_l), holds if alpha < 1/2
     beta = cfg.dpo_beta or choose_beta(distance, cfg.alpha)
-    # at t = 1 the two pulls, sigmoid(-inside) beta (w - l) and 2 lam (x - x_ref), are equal at alpha (w - l) or before
     lam = cfg.anchor * beta / (4 * cfg.alpha)
 
     ddp, parts = common.parallel(student, world), world * cfg.accumulate
 
     def next_batch(step, part):
         """(winner, loser, LR, the two noises) of some pairs, one random window of each: (B, C, T, H, W)."""
-        rows = [((step * parts + part) * cfg.batch + k) % len(pairs["win"]) for k in range(cfg.batch)]
-        size, (T, H, W) = clip["crop"] // vae.stride, pairs["win"].shape[2:]
+        rows = [((step * parts + part) * cfg.batch + k) % len(kept) for k in range(cfg.batch)]
+        size, (T, H, W) = clip["crop"] // vae.stride, kept[0]["win"].shape[1:]
         u = common.draw(torch.rand, (cfg.batch, 3), part, parts, "cpu")
         batch = []
         for row, (a, b, c) in zip(rows, u.tolist(), strict=True):
             t, y, x = int(a * (T - clip["window"] + 1)), int(b * (H - size + 1)), int(c * (W - size + 1))
             box = (..., slice(t, t + clip["window"]), slice(y, y + size), slice(x, x + size))
-            batch.append([pairs[k][row][box] for k in ("win", "lose", "lr", "noise")])
+            batch.append([kept[row][k][box] for k in ("win", "lose", "lr", "noise")])
         return [torch.stack(x).float().to(device) for x in zip(*batch, strict=True)]
 
     bar = tqdm(range(start, cfg.steps), "stage III", initial=start, total=cfg.steps, disable=rank > 0,
@@ -288,7 +292,7 @@ def main(cfg):
                 errors = squared_error(v, target).chunk(2)              # (e_w, e_l)
                 errors_ref = squared_error(v_ref, target).chunk(2)
                 inside = dpo_inside(errors[0], errors_ref[0], errors[1], errors_ref[1], beta_at(beta, t, cfg.beta_mode))
-                drift = (M.bcast(t.repeat(2), v) * (v - v_ref)).square().mean()      # |x - x_ref|^2
+                drift = (M.bcast(t.repeat(2), v) * (v - v_ref)).square().mean()      # |x - x_ref|^2, x = z_t - t v
                 (dpo_loss(inside, drift, lam) / cfg.accumulate).backward()
         norm = common.clip_and_step(optimiser, student, 1.0)
 
