@@ -24,7 +24,6 @@ import functools
 import itertools
 import math
 import os
-import pickle
 import re
 from pathlib import Path
 
@@ -80,7 +79,8 @@ def linear_velocity(z_t, t, z_lr, variance):
     z_0 = z_lr; at t = 0 it is -z_t. The skip connection of EDM (Karras et al. 2022), for flow matching given z_lr.
     """
     t, variance = bcast(t, z_t), variance.view(1, -1, 1, 1, 1)
-    # r = z_0 - z_lr, y = (1 - t) r + t eps: k = Cov(eps - r, y) / Var(y)
+    # with r = z_0 - z_lr: v = eps - r - z_lr, and z_t - (1 - t) z_lr = (1 - t) r + t eps =: y, so E[v | y] = k y - z_lr
+    # where k = Cov(eps - r, y) / Var(y)
     k = (t - (1 - t) * variance) / (t.square() + (1 - t).square() * variance)
     return k * (z_t - (1 - t) * z_lr) - z_lr
 
@@ -96,7 +96,8 @@ def time_grid(steps, shift=1.0):
 
 
 def guide(v_c, v_null, w):
-    """Classifier-free guidance, v_cfg = (1 + w) v(c) - w v(null); equal branches return v(c) for every w."""
+    """Classifier-free guidance, v_cfg = (1 + w) v(c) - w v(null), null the prompt AGAINST; equal branches return v(c)
+    for every w."""
     return (1 + w) * v_c - w * v_null
 
 
@@ -282,7 +283,9 @@ class DiT(nn.Module):
                 x = block(x, e0, context, table)
             if i in taps:
                 features.append(x)
-        v = rearrange(self.head(x, e), "B (T H W) (p q C) -> B C T (H p) (W q)", T=T, H=H, W=W, p=2, q=2)
+        with torch.autocast("cuda" if z.is_cuda else "cpu", enabled=False):     # nor is the velocity rounded
+            v = self.head(x, e)
+        v = rearrange(v, "B (T H W) (p q C) -> B C T (H p) (W q)", T=T, H=H, W=W, p=2, q=2)
         if self.residual is not None:
             v = v + linear_velocity(z, t, z_lr, self.residual)
         return (v, features) if taps else v
@@ -583,33 +586,41 @@ def build_vae(name):
     return vae_class(name)()
 
 
+STAGES = "stage0_teacher.py", "stage1_pd.py", "stage2_dual.py", "stage3_dpo.py"       # write <out>/stage0, ...
+
+
 def read_checkpoint(path):
     """The dict in a checkpoint file, on the CPU. Raises SystemExit with one line if it is missing or no checkpoint."""
     if not os.path.isfile(path):
-        raise SystemExit(f"{path}: no such checkpoint; run the stage that writes it, or name another file")
+        writer = re.search(r"stage([0-3]).last\.pt$", str(path))
+        first = f"run {STAGES[int(writer[1])]} first, or name another --out" if writer else "name another file"
+        raise SystemExit(f"{path}: no such checkpoint; {first}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)      # ranks share what is read
         state["config"]["model"], state["stage"], state["vae"], state["total"]
     except Exception as error:
-        reason = "no file of torch.save" if isinstance(error, pickle.UnpicklingError) else \
-            (str(error).strip() or type(error).__name__).splitlines()[0][:100]
-        raise SystemExit(f"{path}: not a checkpoint of this project ({reason})") from None
+        reason = f"it has no {error}" if isinstance(error, KeyError) else "torch.load cannot read it: cut short?"
+        raise SystemExit(f"{path}: not a checkpoint of this project ({reason}); name another file") from None
     return state
 
 
-def load_checkpoint(path, part="student", device="cpu", finished=False):
+def load_checkpoint(path, part="student", device="cpu", model=None, finished=False):
     """One network of a checkpoint and the video code in it, ready for inference.
 
-    part: name of the state dict, such as "student", "ema" (stage 0) or "cfg" (stage 1). finished: refuse the checkpoint
-    of a run that was interrupted, as the next stage must.
+    part: name of the state dict, such as "student", "ema" (stage 0) or "cfg" (stage 1). model, finished: refuse another
+    model than this, and the checkpoint of a run that was interrupted, as the next stage must.
     Returns (net, vae, info) with info = {"config", "step", "stage"}.
     """
     state = read_checkpoint(path)
     if finished and state["step"] < state["total"]:
         raise SystemExit(f"{path}: unfinished, step {state['step']} of {state['total']}; finish it with --resume")
+    if model and state["config"]["model"] != model:
+        raise SystemExit(f"{path}: of the model {state['config']['model']}, not {model}; use its --preset, or name "
+                         "another --out")
     if not isinstance(state.get(part), dict) or "head.head.weight" not in state[part]:
         nets = [k for k, v in state.items() if isinstance(v, dict) and "head.head.weight" in v]
-        raise SystemExit(f"{path}: a {state['stage']} checkpoint without {part!r}; it has {', '.join(nets)}")
+        raise SystemExit(f"{path}: a {state['stage']} checkpoint without {part!r}; it has {', '.join(nets)} (infer.py: "
+                         "--part)")
     with torch.device("meta"):                                          # without drawing weights that are replaced
         net = build(state["config"]["model"])
     net, vae = net.to_empty(device=device), build_vae(state["config"]["model"])

@@ -104,7 +104,7 @@ def passes(cfg):
 def start_networks(cfg, bank, device):
     """(network, video code) to start from: a checkpoint, Wan2.1, or a fresh network and a code that suits the clips."""
     if cfg.init:
-        net, vae, _ = M.load_checkpoint(cfg.init, "ema", device)
+        net, vae, _ = M.load_checkpoint(cfg.init, "ema", device, cfg.model)
         return net.requires_grad_(True), vae
     common.reseed(cfg.seed, "weights")
     net, vae = M.build(cfg.model).to(device), M.build_vae(cfg.model)
@@ -128,6 +128,8 @@ def start_networks(cfg, bank, device):
 
 def check(cfg):
     """Every file that is needed is named, and none that would not be read."""
+    if cfg.init:
+        M.read_checkpoint(cfg.init)                                     # now, not after the clips are made
     base = not M.MODELS[cfg.model]["learned"] and not cfg.init
     wanted = [name for name in ("weights", "vae", "prompts") if base and not (name == "vae" and cfg.latents)]
     if unread := [name for name in ("weights", "vae", "prompts") if vars(cfg)[name] and name not in wanted]:
@@ -171,7 +173,7 @@ def main(cfg):
 
             # 1) a batch: softened targets go with the negative prompt, some prompts are dropped, z_lr gets some noise
             u_negative, u_drop, u_soft, u_lr, u_t = common.draw(torch.rand, (B, 5), part, parts, device).T
-            text, soft = draw_prompts(u_negative, u_drop, cfg.negative, cfg.text_drop)
+            text, soft = draw_prompts(u_negative, u_drop, cfg.negative, cfg.text_drop)     # data.soften: how
             pair = bank.latents(vae, (step * parts + part) * B, B, device, soft, u_soft)
             z_0, z_lr = data.random_run(clip["window"], *pair)
             a = M.bcast(cfg.lr_noise * u_lr, z_lr)

@@ -122,8 +122,9 @@ def passes(cfg):
 
 def check(cfg):
     common.check_choices(cfg, model=tuple(M.MODELS), pd_space=("v", "z"))
-    if any(a != 2 * b for a, b in zip(cfg.pd_grid, cfg.pd_grid[1:], strict=False)) or cfg.pd_grid[-1] != 1:
-        raise SystemExit(f"pd_grid {cfg.pd_grid}: each number must be half the one before, and the last one 1")
+    halves = all(a == 2 * b for a, b in zip(cfg.pd_grid, cfg.pd_grid[1:], strict=False))
+    if len(cfg.pd_grid) < 2 or not halves or cfg.pd_grid[-1] != 1:
+        raise SystemExit(f"pd_grid {cfg.pd_grid}: two numbers at least, each half the one before, the last one 1")
     if min(cfg.cfg_steps, cfg.steps_per_phase) < 1:
         raise SystemExit("cfg_steps and steps_per_phase: at least 1")
 
@@ -140,7 +141,7 @@ def main(cfg):
 
     # teacher: whom the student imitates now; student: trained; cfg_net: the student as CFG distillation left it
     source = M.teacher_file(cfg)
-    teacher, vae, _ = M.load_checkpoint(source, "ema", device, finished=True)
+    teacher, vae, _ = M.load_checkpoint(source, "ema", device, cfg.model, finished=True)
     bank, clip = data.training_bank(cfg, rank, cfg.latents)
     student = deepcopy(teacher).requires_grad_(True)
     student.checkpointing = cfg.checkpointing
@@ -155,7 +156,7 @@ def main(cfg):
     total = cfg.cfg_steps + phases * cfg.steps_per_phase
     bar = tqdm(range(start, total), "stage I", initial=start, total=total, disable=rank > 0, dynamic_ncols=True)
     for step in bar:
-        phase, k = divmod(step - cfg.cfg_steps, cfg.steps_per_phase)    # phase < 0: CFG distillation
+        phase, k = divmod(step - cfg.cfg_steps, cfg.steps_per_phase)    # < 0: CFG distillation; k: step of the phase
 
         # 1) a phase of progressive distillation begins: the student is the new teacher, the optimiser forgets
         if phase >= 0 and k == 0:
@@ -187,7 +188,7 @@ def main(cfg):
             else:
                 t, t_mid, t_end = pd_times(u, n, cfg.shift)
             z_t = M.add_noise(z_0, eps, t)                              # at n = 1 this is eps: HR plays no part
-            with torch.no_grad():
+            with torch.no_grad():                                       # v_start: a student that has learnt nothing yet
                 if phase < 0:
                     target, v_start = cfg_target(velocity, z_t, t, cfg.cfg_w)
                 else:
@@ -212,11 +213,11 @@ def main(cfg):
             common.save(f"{out_dir}/last.pt", cfg, "stage1", done, total, **saved)
         if rank == 0 and ends and (phase < 0 or n <= 8):                # longer grids cost more than they tell
             z_0, z_lr, eps = data.panel_batch(bank, vae, clip, cfg.seed, device)
-            n = n or 8
+            many, few = (2 * n, n) if phase >= 0 else (8, 8)            # the teacher's steps, the student's
             with torch.no_grad(), autocast:
-                before = M.sample(teacher, eps, z_lr, 2 * n if phase >= 0 else 8, cfg.shift)
-                after = M.sample(student, eps, z_lr, n, cfg.shift)
-            names = ("teacher", "CFG-distilled") if phase < 0 else (f"teacher, {2 * n} steps", f"student, {n}")
+                before = M.sample(teacher, eps, z_lr, many, cfg.shift)
+                after = M.sample(student, eps, z_lr, few, cfg.shift)
+            names = ("teacher", "CFG-distilled") if phase < 0 else (f"teacher, {many} steps", f"student, {few}")
             common.panel(f"{out_dir}/panel.png", {"LR": vae.decode(z_lr), names[0]: vae.decode(before),
                          names[1]: vae.decode(after), "HR, coded": vae.decode(z_0)}, verdicts(out_dir, done))
     common.cleanup()

@@ -148,6 +148,14 @@ def cosine(a, b):
     return F.cosine_similarity(a.flatten(), b.flatten(), dim=0)
 
 
+def dmd_health(z_0, x_real, x_fake, g, keep, pull):
+    """Numbers for verdicts on dmd_gradient, for those who edit it. g_want: mean |g| computed anew. g_cosine: of pull,
+    what reaches the student (or would), with x_fake - x_real; below 0 a sign is flipped."""
+    direction, axes = x_fake - x_real, (1, 2, 3, 4)
+    want = direction.abs().mean(axes) / (z_0 - x_real).abs().mean(axes).clamp_min(1e-5)
+    return dict(skipped=1 - keep.mean(), g_mean=g.abs().mean(), g_want=want.mean(), g_cosine=cosine(pull, direction))
+
+
 def detail(z, z_lr, z_hr):
     """How much z adds to z_lr, as a share of what HR adds: under 1 is blur, over 1 noise."""
     return ((z - z_lr).square().mean() / (z_hr - z_lr).square().mean()).sqrt()
@@ -201,6 +209,8 @@ def passes(cfg):
     s, gan = int(scored(cfg)), "gan" in cfg.streams
     n = s * cfg.aux_per_student
     r, f = (int(gan and cfg.features in ("both", name)) for name in ("real", "fake"))    # whose features are read
+    # an auxiliary update: student alone; fake in full, and on HR; real on both. The student's: student in full, fake
+    # and real with input gradient, and on HR. Without features there is no pass on HR and no input gradient
     counts = {"student": ("trained", n, 0, 1), "average": ("average", 0, 0, 0),
               "fake": ("trained", f * (n + 1) + (s - f), f, n),
               "real": ("frozen bf16", r * (2 * n + 1) + (s - r) + s * (cfg.real_score == "teacher"), r, 0)}
@@ -217,6 +227,8 @@ def check(cfg):
         raise SystemExit(f"streams {cfg.streams}: dmd, gan, or both; mse for comparison")
     if cfg.order == "sequential" and set(cfg.streams) != {"dmd", "gan"}:
         raise SystemExit("order sequential needs both streams")
+    if not 0 <= cfg.t_min < cfg.t_max <= 1:
+        raise SystemExit(f"t_min {cfg.t_min}, t_max {cfg.t_max}: times between 0 and 1, the smaller first")
 
 
 def main(cfg):
@@ -231,11 +243,13 @@ def main(cfg):
 
     # real: frozen score model; fake: trained score model, a multi-step model like real, from which it starts;
     # head: discriminator head on the features of both; average: of the student's weights, for use and never fed back
-    source, part = f"{cfg.out}/stage1/last.pt", "student" if cfg.init == "stage1" else "cfg"
-    student, vae, _ = M.load_checkpoint(source, part, device, finished=True)
-    fake, _, _ = M.load_checkpoint(source, "cfg", device, finished=True)
-    real = M.load_checkpoint(M.teacher_file(cfg), "ema", device, finished=True)[0] \
+    source, which = f"{cfg.out}/stage1/last.pt", "student" if cfg.init == "stage1" else "cfg"
+    student, vae, _ = M.load_checkpoint(source, which, device, cfg.model, finished=True)
+    fake, _, _ = M.load_checkpoint(source, "cfg", device, cfg.model, finished=True)
+    real = M.load_checkpoint(M.teacher_file(cfg), "ema", device, cfg.model, finished=True)[0] \
         if cfg.real_score == "teacher" else deepcopy(fake)
+    if cfg.real_score == "teacher" and M.read_checkpoint(source)["source"] != data.sha256(M.teacher_file(cfg)):
+        raise SystemExit(f"{M.teacher_file(cfg)}: not the teacher that stage I was made from; run stage1_pd.py again")
     bank, clip = data.training_bank(cfg, rank, cfg.latents)
     if device.type == "cuda":
         M.halve(real)
@@ -249,11 +263,13 @@ def main(cfg):
     head = M.RFSHead(dim, len(taps), HEAD_CHANNELS[cfg.model], (clip["window"], side, side),
                      models=2 if cfg.features == "both" else 1, pooled=cfg.pooled).to(device)
     student.requires_grad_(True), fake.requires_grad_(True)
-    # beta_1 = 0, as Self-Forcing; the head learns sooner with momentum (LOG.md, "why the head did not learn")
+    # beta_1 = 0, as Self-Forcing; the head learns sooner with momentum (LOG.md, "why the head did not learn"). No
+    # weight decay: at these rates it would move nothing
     opt_student = torch.optim.AdamW(student.parameters(), lr=cfg.lr, betas=(0.0, 0.999), weight_decay=0)
     opt_fake = torch.optim.AdamW(fake.parameters(), lr=cfg.lr_fake, betas=(0.0, 0.999), weight_decay=0)
     opt_head = torch.optim.AdamW(head.parameters(), lr=cfg.lr_head, betas=(0.9, 0.999), weight_decay=0)
 
+    # what others read as "student" is the average; --resume goes on from "net"
     saved = dict(student=average, net=student, fake=fake, head=head, vae=vae,
                  opt_student=opt_student, opt_fake=opt_fake, opt_head=opt_head, source=data.sha256(source))
     start = common.continue_from(f"{out_dir}/last.pt", cfg, saved)
@@ -265,7 +281,8 @@ def main(cfg):
     def begin(step, k, part):
         """One part of the batch of update k: latents of HR and LR, and the noise that the student starts from."""
         common.reseed(cfg.seed, "stage 2", step, k)
-        update = step + cfg.aux_warmup + max(step, 0) * cfg.aux_per_student + k         # each gets new clips
+        # each update gets new clips: one a step of the warm-up, then aux_per_student + 1 a step
+        update = step + cfg.aux_warmup + max(step, 0) * cfg.aux_per_student + k
         pair = bank.latents(vae, (update * parts + part) * cfg.batch, cfg.batch, device)
         z_hr, z_lr = data.random_run(clip["window"], *pair)
         return z_hr, z_lr, common.draw(torch.randn, z_lr.shape, part, parts, device)
@@ -289,7 +306,7 @@ def main(cfg):
 
     # the steps before 0 are the warm-up: auxiliary updates alone, until fake score and head know the student
     warmup = cfg.aux_warmup if scored(cfg) else 0
-    first = start or -warmup
+    first = start or -warmup                                            # nothing is saved during the warm-up
     bar = tqdm(range(first, cfg.steps), "stage II", initial=first + warmup, total=cfg.steps + warmup,
                disable=rank > 0, dynamic_ncols=True)
     head_trains = "gan" in cfg.streams                                  # in sequence also while DMD leads
@@ -301,12 +318,12 @@ def main(cfg):
         gan, values = "gan" in active, {}
 
         # 1) auxiliary updates: the fake score follows the student (L_Diff), the head tells it from HR (L_D)
-        updates = scored(cfg) * (cfg.aux_per_student if step >= 0 else 1)
+        updates = 0 if not scored(cfg) else cfg.aux_per_student if step >= 0 else 1
         for k in range(updates):
             opt_fake.zero_grad(), opt_head.zero_grad()
             for part in range(rank, parts, world):
                 z_hr, z_lr, eps_in = begin(step, k, part)
-                with torch.no_grad(), autocast:
+                with torch.no_grad(), autocast:                         # L_Diff trains fake, L_D head: no other
                     z_0 = M.one_step(student, eps_in, z_lr)
                 t, eps = noise(z_0, part)
                 z_t = M.add_noise(z_0, eps, t)
@@ -385,14 +402,8 @@ def main(cfg):
             values |= dict(grad_norm=norm, detail=detail(z_0, z_lr, z_hr), **losses,
                            **{f"pull_{k}": v.norm() for k, v in pull.items()})
             if scored(cfg):
-                direction, axes = x_fake - x_real, (1, 2, 3, 4)
-                values |= dict(skipped=1 - keep.mean(), g_mean=g.abs().mean(),
-                               # mean |g| computed anew: shows an edit of dmd_gradient
-                               g_want=(direction.abs().mean(axes) /
-                                       (z_0 - x_real).abs().mean(axes).clamp_min(1e-5)).mean(),
-                               # of what reaches the student (or would) with x_fake - x_real: below 0 a sign is flipped
-                               g_cosine=cosine(pull.get("dmd", g), direction),
-                               lag=(v_fake - (eps - z_0)).square().mean() / (v_real - (eps - z_0)).square().mean(),
+                values |= dmd_health(z_0, x_real, x_fake, g, keep, pull.get("dmd", g))
+                values |= dict(lag=(v_fake - (eps - z_0)).square().mean() / (v_real - (eps - z_0)).square().mean(),
                                detail_real=detail(x_real, z_lr, z_hr))
             if warm and head_trains:                                    # on the first line: what the head had learnt
                 values["d_warmup"], warm = statistics.mean(warm[-30:]), []

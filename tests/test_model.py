@@ -260,6 +260,17 @@ def test_compiled_blocks_are_one_piece_of_code_and_the_same_network():
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
+def test_the_velocity_is_not_rounded_under_autocast():
+    """As in Wan's own code the last linear layer is fp32, like the sum of blocks that it reads."""
+    net = tiny_net()
+    seen = []
+    net.head.head.register_forward_hook(lambda module, args, out: seen.append((args[0].dtype, out.dtype)))
+    z = torch.randn(1, 16, 2, 4, 4)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        v = net(z, torch.ones(1), z, M.prompt(z))
+    assert v.dtype == torch.float32 and seen == [(torch.float32, torch.float32)]
+
+
 # ----------------------------------------------------------------------------
 # loading
 
@@ -268,8 +279,13 @@ def test_checkpoint_errors_are_one_clear_line(tmp_path):
     with pytest.raises(SystemExit, match="no such checkpoint"):
         M.load_checkpoint(str(tmp_path / "none.pt"))
     (tmp_path / "noise.pt").write_bytes(b"not a checkpoint")
+    with pytest.raises(SystemExit, match="run stage1_pd.py first, or name another --out"):
+        M.load_checkpoint(str(tmp_path / "stage1/last.pt"))
     with pytest.raises(SystemExit, match="not a checkpoint of this project"):
         M.load_checkpoint(str(tmp_path / "noise.pt"))
+    torch.save({"config": {"model": "tiny"}}, tmp_path / "else.pt")
+    with pytest.raises(SystemExit, match="it has no 'stage'"):
+        M.load_checkpoint(str(tmp_path / "else.pt"))
     net, vae = M.build("tiny"), M.PatchVAE()
     good = {"stage": "stage1", "config": {"model": "tiny"}, "step": 3, "total": 9, "student": net.state_dict(),
             "vae": vae.state_dict()}

@@ -99,7 +99,8 @@ def test_ratio_starts_at_one():
 
 
 @pytest.mark.parametrize("changes, words", [
-    (dict(pd_grid=(64, 32, 8, 1)), "half"), (dict(pd_grid=(4, 2)), "last one 1"), (dict(pd_space="x"), "one of v, z")])
+    (dict(pd_grid=(64, 32, 8, 1)), "half"), (dict(pd_grid=(4, 2)), "last one 1"), (dict(pd_grid=(1,)), "two numbers"),
+    (dict(pd_space="x"), "one of v, z")])
 def test_bad_constants_are_refused(changes, words):
     with pytest.raises(SystemExit, match=words):
         stage1.check(stage1.Config(**changes))

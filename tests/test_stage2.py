@@ -163,7 +163,8 @@ def test_equal_scores_give_no_gradient_and_guidance_does():
 
 @pytest.mark.parametrize("changes, words", [
     (dict(order="both"), "joint, sequential"), (dict(features="none"), "both, real"),
-    (dict(streams=("vgg",)), "dmd, gan"),
+    (dict(streams=("vgg",)), "dmd, gan"), (dict(t_max=2.0), "t_max 2.0: times between"),
+    (dict(t_min=0.99), "smaller first"),
     (dict(real_score="x"), "cfg, teacher"), (dict(order="sequential", streams=("dmd",)), "needs both")])
 def test_bad_constants_are_refused(changes, words):
     with pytest.raises(SystemExit, match=words):
