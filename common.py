@@ -5,8 +5,10 @@ import ctypes
 import datetime
 import inspect
 import json
+import math
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -92,6 +94,10 @@ def cleanup():
         time.sleep(0.5)
 
 
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
 def barrier():
     if dist.is_initialized():
         dist.barrier()
@@ -135,7 +141,7 @@ def mean(value):
     if dist.is_initialized():
         value = value.to("cuda" if dist.get_backend() == "nccl" else "cpu")     # nccl reduces nothing on the CPU
         dist.all_reduce(value)
-        value /= dist.get_world_size()
+        value /= world_size()
     return value.item()
 
 
@@ -165,26 +171,22 @@ def put(path, text):
 
 
 def save(path, cfg, stage, step, total, /, **parts):
-    """Write {stage, config, step, total, a state dict per part}: under a temporary name, then renamed, never half."""
+    """Write {stage, config, step, total, samples, a state dict per part}; then rename it, so that it is never half."""
     state = {k: p.state_dict() if hasattr(p, "state_dict") else p for k, p in parts.items()}
-    torch.save({"stage": stage, "config": asdict(cfg), "step": step, "total": total, **state}, path + ".tmp")
+    torch.save({"stage": stage, "config": asdict(cfg), "step": step, "total": total, "samples": samples(cfg), **state},
+               path + ".tmp")
     os.replace(path + ".tmp", path)
 
 
 def continue_from(path, cfg, parts):
     """With cfg.resume, fill the parts from the checkpoint of the interrupted run. Returns its step, or 0.
 
-    A run made with other constants, or, where a part "source" says so, from another checkpoint of the stage before,
-    is not continued: its numbers would belong to neither.
+    A run made, as the part "source" says, from another checkpoint of the stage before is not continued, nor is one with
+    other constants (start_run): its numbers would belong to neither.
     """
     if not cfg.resume or not os.path.exists(path):
         return 0
     state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # cpu: else all ranks share GPU 0
-    # may change; with other steps the decay of stage 0 and the middle of order = "sequential" move
-    free = {"resume", "steps", "log_every", "save_every", "out", "data", "latents", "checkpointing", "compile"}
-    changed = [k for k, v in asdict(cfg).items() if k not in free and state["config"].get(k, v) != v]
-    if changed:
-        raise SystemExit(f"{path}: made with another {', '.join(changed)}; set it back, or name another --out")
     if state.get("source", parts.get("source")) != parts.get("source"):
         raise SystemExit(f"{path}: made from another checkpoint of the stage before, or from other clips; remove it to "
                          "start again, or name another --out")
@@ -199,31 +201,57 @@ def continue_from(path, cfg, parts):
     return state["step"]
 
 
+def samples(cfg):
+    """How many a step sees, over all passes and processes: what a resumed run has to keep."""
+    return cfg.batch * cfg.accumulate * world_size()
+
+
 def check_batch(cfg):
     if min(cfg.batch, cfg.accumulate) < 1:
         raise SystemExit("batch and accumulate: at least 1")
 
 
+def make_folder(path):
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        raise SystemExit(f"{path}: cannot be made ({error.strerror}); name another --out") from None
+
+
 def start_run(out_dir, cfg):
-    """Make out_dir and write run.json (config, command, commit, versions).
+    """Make out_dir and write run.json (config, command, commit, versions), unless another run is there.
 
     Lines of log.jsonl after the checkpoint belong to steps that will be done again: they are dropped.
     """
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(f"{out_dir}: interrupted; add --resume to go on from last.pt"))
     last = f"{out_dir}/last.pt"
     if min(cfg.log_every, cfg.save_every) < 1:
         raise SystemExit("log_every and save_every: at least 1")
     check_batch(cfg)
     if os.path.exists(last) and not cfg.resume:
         raise SystemExit(f"{last} exists: add --resume to continue it, or name another --out")
-    os.makedirs(out_dir, exist_ok=True)
+    try:
+        # mmap: only the small parts are wanted, not the gigabytes behind them
+        state = torch.load(last, map_location="cpu", weights_only=True, mmap=True) if os.path.exists(last) else {}
+        step, before = state.get("step", 0), state.get("config", {})
+    except Exception as error:
+        raise SystemExit(f"{last}: cannot be read ({type(error).__name__}); remove it, or name another --out") from None
+    # may change; with other steps the decay of stage 0 and the middle of order = "sequential" move
+    free = {"resume", "steps", "log_every", "save_every", "out", "data", "latents", "checkpointing", "compile",
+            "batch", "accumulate"}
+    changed = [k for k, v in asdict(cfg).items() if k not in free and before.get(k, v) != v]
+    if state.get("samples", samples(cfg)) != samples(cfg):
+        changed.append(f"batch x accumulate x processes ({state['samples']} samples a step)")
+    if changed:
+        raise SystemExit(f"{last}: made with another {', '.join(changed)}; set it back, or name another --out")
+    make_folder(out_dir)
+    if step and vars(cfg).get("steps", math.inf) <= step < state["total"]:          # the run is to end where it is
+        torch.save(state | {"total": step}, last + ".tmp")
+        os.replace(last + ".tmp", last)
+        print(f"{last}: finished, at step {step} instead of {state['total']}")
     about = {"config": asdict(cfg), "argv": sys.argv, "commit": commit(), "torch": torch.__version__,
              "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}
     put(f"{out_dir}/run.json", json.dumps(about, indent=2))
-    try:
-        # mmap: only the step is wanted, not the gigabytes behind it
-        step = torch.load(last, map_location="cpu", weights_only=True, mmap=True)["step"] if os.path.exists(last) else 0
-    except Exception as error:
-        raise SystemExit(f"{last}: cannot be read ({type(error).__name__}); remove it, or name another --out") from None
     kept = [line for line in read_log(out_dir) if line["step"] <= step]
     put(f"{out_dir}/log.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
 

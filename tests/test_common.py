@@ -18,6 +18,8 @@ class Config:
     out: str = "out"                # a folder
     steps: int = 10                 # how many
     rate: float = 0.5               # 50 % of something
+    batch: int = 1                  # of clips
+    accumulate: int = 1             # of batches
     resume: bool = False            # go on
     grid: tuple = (4, 2)            # numbers
 

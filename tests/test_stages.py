@@ -149,12 +149,43 @@ def test_stage1_phases(chain, tmp_path, monkeypatch):
     assert moved(saved[2]["student"], saved[4]["student"]) and moved(saved[4]["student"], saved[6]["student"])
 
 
+def test_stage1_passes_on_its_constants(chain, tmp_path, monkeypatch):
+    """The guidance weight, the space of the loss, and rates that fall to 0 in each phase, and with more steps."""
+    cfg = fork(chain, stage1, tmp_path, ["stage0"], pd_space="z", cfg_w=0.7, cfg_lr=1e-3, pd_lr=2e-3)
+    weights, spaces, rates = [], [], []
+    target, loss, step = stage1.cfg_target, stage1.pd_loss, common.clip_and_step
+    monkeypatch.setattr(stage1, "cfg_target", lambda v, z, t, w: (weights.append(w), target(v, z, t, w))[1])
+    monkeypatch.setattr(stage1, "pd_loss", lambda *args: (spaces.append(args[-1]), loss(*args))[1])
+    monkeypatch.setattr(common, "clip_and_step", lambda optimiser, *args: (
+        rates.append(optimiser.param_groups[0]["lr"]), step(optimiser, *args))[1])
+    stage1.main(cfg)
+    assert weights == [0.7] * 2 and spaces == ["v"] * 2 + ["z"] * 4
+    assert rates == pytest.approx([1e-3, 5e-4, 2e-3 / 2 ** 0.5, 1e-3 / 2 ** 0.5, 2e-3, 1e-3])
+
+
+def test_softened_targets_go_with_the_negative_prompt(chain, tmp_path, monkeypatch):
+    cfg = fork(chain, stage0, tmp_path, [], steps=2, batch=8, negative=0.5, text_drop=0.0)
+    softened, prompts, latents, loss = [], [], data.Bank.latents, stage0.flow_loss
+
+    def spied(self, vae, first, count, device, soft=None, u=None):
+        softened.append(soft)
+        return latents(self, vae, first, count, device, soft, u)
+    monkeypatch.setattr(data.Bank, "latents", spied)
+    monkeypatch.setattr(stage0, "flow_loss", lambda net, z, z_lr, text, *args: (
+        prompts.append(text), loss(net, z, z_lr, text, *args))[1])
+    stage0.main(cfg)
+    softened = [x for x in softened if x is not None]           # not those that set the network up, nor the panel's
+    assert len(softened) == len(prompts) == 2
+    for soft, text in zip(softened, prompts, strict=True):
+        assert torch.equal(soft, text == M.NEGATIVE) and soft.any() and (text[~soft] == M.POSITIVE).all()
+
+
 def spy_networks(monkeypatch):
     """The student and the fake score of a stage II run, caught when they are loaded, and the frozen real score."""
     nets, load = {}, M.load_checkpoint
 
-    def loader(path, part, device, finished):
-        out = load(path, part, device, finished)
+    def loader(path, part, device, model, finished):
+        out = load(path, part, device, model, finished)
         nets[part] = out[0]
         return out
     monkeypatch.setattr(M, "load_checkpoint", loader)
@@ -316,6 +347,70 @@ def test_the_loop_feeds_its_losses(chain, tmp_path, monkeypatch):
     assert checks.count("diff") == 2 + 3 * 2 and checks.count("dmd") == 2
 
 
+def test_the_head_tells_hr_from_the_student_and_the_student_seeks_its_favour(chain, tmp_path, monkeypatch):
+    """Which logits L_D takes for HR's, and the sign of L_G; the head is the mean of the real score's features here."""
+    cfg = fork(chain, stage2, tmp_path, ["stage0", "stage1"], steps=2)
+    real = M.load_checkpoint(f"{cfg.out}/stage1/last.pt", "cfg")[0]
+    noised, conditions, add, one = [], [], M.add_noise, M.one_step
+    monkeypatch.setattr(M, "add_noise", lambda z, e, t: (noised.append((add(z, e, t).detach(), t)), add(z, e, t))[1])
+    monkeypatch.setattr(M, "one_step", lambda net, e, z_lr: (conditions.append(z_lr), one(net, e, z_lr))[1])
+
+    def mean_feature(features):
+        return features[0].mean((1, 2))[:, None]
+    monkeypatch.setattr(M.RFSHead, "forward", lambda self, features: mean_feature(features) + 0 * sum(
+        p.sum() for p in self.parameters()))
+
+    def logits(z_t, t):
+        with torch.no_grad():
+            return mean_feature(real(z_t, t, conditions[-1], M.prompt(z_t), M.tap_blocks(len(real.blocks)))[1])
+    hinge_d, hinge_g, calls = stage2.hinge_d, stage2.hinge_g, []
+
+    def spied_d(of_hr, of_student):
+        torch.testing.assert_close(of_student, logits(*noised[-2]))
+        torch.testing.assert_close(of_hr, logits(*noised[-1]))
+        assert not torch.allclose(of_hr, of_student)
+        calls.append(None)
+        return hinge_d(of_hr, of_student)
+
+    def spied_g(of_student):
+        torch.testing.assert_close(of_student, logits(*noised[-2]))
+        calls.append(of_student.mean().item())
+        return hinge_g(of_student)
+    monkeypatch.setattr(stage2, "hinge_d", spied_d)
+    monkeypatch.setattr(stage2, "hinge_g", spied_g)
+    stage2.main(cfg)
+    means = [x for x in calls if x is not None]
+    assert len(calls) == cfg.aux_warmup + 4 * cfg.steps
+    for line, mean in zip(common.read_log(f"{cfg.out}/stage2"), means, strict=True):
+        assert line["gan"] == pytest.approx(-cfg.w_gan * mean, rel=1e-4) and abs(mean) > 1e-4
+
+
+def test_the_teacher_as_real_score_is_guided(chain, tmp_path, monkeypatch):
+    cfg = fork(chain, stage2, tmp_path, ["stage0", "stage1"], steps=1, aux_warmup=0, real_score="teacher", real_w=0.7)
+    teacher = M.load_checkpoint(f"{cfg.out}/stage0/last.pt", "ema")[0]
+    conditions, one, noised, add, calls, guide = [], M.one_step, [], M.add_noise, [], M.guide
+    monkeypatch.setattr(M, "one_step", lambda net, e, z_lr: (conditions.append(z_lr), one(net, e, z_lr))[1])
+    monkeypatch.setattr(M, "add_noise", lambda z, e, t: (noised.append((add(z, e, t).detach(), t)), add(z, e, t))[1])
+
+    def spied(v_c, v_null, w):
+        z_t, t = noised[-1]
+        for v, which in ((v_c, M.POSITIVE), (v_null, M.AGAINST)):
+            torch.testing.assert_close(v, teacher(z_t, t, conditions[-1], M.prompt(z_t, which)))
+        assert w == 0.7 and not torch.allclose(v_c, v_null)
+        calls.append(1)
+        return guide(v_c, v_null, w)
+    monkeypatch.setattr(M, "guide", spied)
+    stage2.main(cfg)
+    assert calls
+    state = checkpoint(cfg, "stage1")                           # of another teacher than stage I's it would be biased
+    os.remove(tmp_path / "tiny" / "stage1")
+    os.makedirs(tmp_path / "tiny" / "stage1")
+    torch.save(state | {"source": "another"}, tmp_path / "tiny" / "stage1" / "last.pt")
+    shutil.rmtree(tmp_path / "tiny" / "stage2")
+    with pytest.raises(SystemExit, match="not the teacher that stage I was made from"):
+        stage2.main(cfg)
+
+
 @pytest.mark.parametrize("changes", [dict(order="sequential"), dict(features="real"), dict(features="fake"),
                                      dict(real_score="teacher"), dict(fm_norm="l1", pooled=True),
                                      dict(gan_same_noise=False, dmd_half=False), dict(init="cfg")])
@@ -368,9 +463,13 @@ def test_dpo_starts_at_ln_2_and_pairs_are_reused(chain, tmp_path, monkeypatch):
     assert len(records) == 3 and sum(r["kept"] for r in records) == 2
     for r in records:
         assert r["scores"][r["winner"]] == max(r["scores"]) and r["scores"][r["loser"]] == min(r["scores"])
-    monkeypatch.setattr(stage3, "make_pairs", None)             # may not be called again
+    make, again = stage3.make_pair, []
+    monkeypatch.setattr(stage3, "make_pair", lambda i, *args: (again.append(i), make(i, *args))[1])
+    was = stage3.read_pair(f"{cfg.out}/stage3/pairs/00001.pt")["win"].clone()
+    os.remove(f"{cfg.out}/stage3/pairs/00001.pt")               # as if stopped before it was made
     cfg.steps, cfg.resume = 6, True
     stage3.main(cfg)
+    assert again == [1] and torch.equal(stage3.read_pair(f"{cfg.out}/stage3/pairs/00001.pt")["win"], was)
     assert checkpoint(cfg, "stage3")["step"] == 6
 
 
@@ -394,9 +493,10 @@ def test_dpo_variants(chain, tmp_path, monkeypatch, changes, zero):
 def test_dpo_moves_towards_the_winner(chain, tmp_path):
     cfg = fork(chain, stage3, tmp_path, ["stage0", "stage1", "stage2"], steps=30, anchor=0.0)
     stage3.main(cfg)
-    pairs = torch.load(f"{cfg.out}/stage3/pairs.pt", weights_only=True)
+    records = json.load(open(f"{cfg.out}/stage3/pairs.json"))["pairs"]
+    pairs = [stage3.read_pair(f"{cfg.out}/stage3/pairs/{i:05d}.pt") for i, r in enumerate(records) if r["kept"]]
     box = (..., slice(0, 2), slice(0, 8), slice(0, 8))
-    win, lose, z_lr = (pairs[k][box].float() for k in ("win", "lose", "lr"))
+    win, lose, z_lr = (torch.stack([p[k][box] for p in pairs]).float() for k in ("win", "lose", "lr"))
     nets = [M.load_checkpoint(f"{cfg.out}/stage{k}/last.pt", "student")[0] for k in (2, 3)]
     eps = torch.randn_like(z_lr)
     before, after = (M.one_step(net, eps, z_lr) for net in nets)
@@ -444,11 +544,58 @@ def test_a_run_from_another_checkpoint_is_not_continued(chain, tmp_path, footage
         before = f"{cfg.out}/stage{k - 1}/last.pt"
         state = torch.load(before, weights_only=True)
         torch.save(state | {"total": state["total"] - 1}, before)
-    kept = {name: open(f"{cfg.out}/stage{k}/{name}", "rb").read() for name in os.listdir(f"{cfg.out}/stage{k}")}
+    names = ["last.pt", "log.jsonl"] + ["pairs/00000.pt"] * (stage is stage3)
+    kept = {name: open(f"{cfg.out}/stage{k}/{name}", "rb").read() for name in names}
     with pytest.raises(SystemExit, match="made from another checkpoint of the stage before"):
         stage.main(cfg)
-    for name in {"last.pt", "pairs.pt", "log.jsonl"} & set(kept):
+    for name in names:
         assert open(f"{cfg.out}/stage{k}/{name}", "rb").read() == kept[name]
+
+
+@pytest.mark.parametrize("stage, k", [(stage0, 0), (stage1, 1), (stage2, 2), (stage3, 3)])
+def test_a_network_of_another_size_is_refused(chain, tmp_path, monkeypatch, stage, k):
+    """It would train to the end under the wrong name, and only the next stage would notice."""
+    for row in (M.MODELS, data.CLIPS, stage2.HEAD_CHANNELS):
+        monkeypatch.setitem(row, "small", row["tiny"])
+    init = dict(init=f"{chain[stage0].out}/stage0/last.pt") if stage is stage0 else {}
+    cfg = fork(chain, stage, tmp_path, [f"stage{n}" for n in range(k)], model="small", **init)
+    with pytest.raises(SystemExit, match="last.pt: of the model tiny, not small; use its --preset"):
+        stage.main(cfg)
+
+
+def test_a_run_of_other_samples_a_step_is_not_continued(chain, tmp_path):
+    """Batch, passes and processes may change, their product may not: clips and noise depend on it."""
+    cfg = fork(chain, stage2, tmp_path, ["stage0", "stage1"])
+    shutil.copytree(f"{chain[stage2].out}/stage2", f"{cfg.out}/stage2")
+    cfg.resume, cfg.batch = True, 4
+    with pytest.raises(SystemExit, match=r"made with another batch x accumulate x processes \(2 samples a step\)"):
+        stage2.main(cfg)
+    cfg.batch, cfg.accumulate, cfg.steps = 1, 2, 5
+    stage2.main(cfg)
+    assert checkpoint(cfg, "stage2")["step"] == 5
+
+
+def test_a_run_can_end_at_its_last_checkpoint(chain, tmp_path, capsys):
+    cfg = fork(chain, stage2, tmp_path, ["stage0", "stage1"])
+    shutil.copytree(f"{chain[stage2].out}/stage2", f"{cfg.out}/stage2")
+    path = f"{cfg.out}/stage2/last.pt"
+    state = torch.load(path, weights_only=True)
+    torch.save(state | {"total": 9}, path)
+    with pytest.raises(SystemExit, match="unfinished, step 4 of 9"):
+        M.load_checkpoint(path, finished=True)
+    cfg.resume, cfg.steps = True, 4
+    stage2.main(cfg)
+    assert "finished, at step 4 instead of 9" in capsys.readouterr().out
+    assert_equal(torch.load(path, weights_only=True), state, "stage2")
+    M.load_checkpoint(path, finished=True)
+
+
+def test_ctrl_c_is_one_line_with_the_remedy(chain, tmp_path, monkeypatch):
+    cfg = fork(chain, stage1, tmp_path, ["stage0"])
+    monkeypatch.setattr(stage1, "pd_loss", lambda *args: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(SystemExit, match="interrupted; add --resume"):
+        stage1.main(cfg)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def test_an_unfinished_stage_is_not_built_upon(chain, tmp_path):
@@ -701,14 +848,12 @@ def test_stage2_makes_the_passes_it_announces(chain, tmp_path, monkeypatch, chan
 def test_other_stages_make_the_passes_they_announce(chain, tmp_path, monkeypatch, stage, changes):
     cfg = fork(chain, stage, tmp_path, ["stage0", "stage1", "stage2"][:[stage0, stage1, None, stage3].index(stage)],
                log_every=10**6, save_every=10**6, **changes)
-    made, counts = stage3.make_pairs, {}
+    counts = {}
 
-    def start_counting(*args):
-        pairs = made(*args)                                             # the candidates' forwards are not the step's
+    def start_counting(*args):                                          # the candidates' forwards are not the step's
         counts.update(new=count_passes(monkeypatch))
         monkeypatch.setattr(M, "one_step", enough)
-        return pairs
-    monkeypatch.setattr(stage3, "make_pairs", start_counting)
+    monkeypatch.setattr(stage3, "show_pairs", start_counting)
     if stage is not stage3:
         counts["new"] = count_passes(monkeypatch)
         monkeypatch.setattr(data, "panel_batch", enough)
@@ -831,7 +976,7 @@ def test_stages_train_on_cached_latents(chain, tmp_path, footage, monkeypatch):
         bank.latents(other, 0, 1, "cpu")
     with pytest.raises(SystemExit, match="other settings"):
         data.prepare_latents(path, footage, "tiny", other, 5)
-    with pytest.raises(SystemExit, match="not readable"):
+    with pytest.raises(SystemExit, match="missing; make latents"):
         data.LatentBank(str(tmp_path / "nothing.bin"), "tiny")
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="other settings, media"):
         patch.setitem(data.STRENGTHS, "light", replace(data.LIGHT, kernel=(7, 7)))
@@ -887,7 +1032,7 @@ def spy(net, **how):
     return wrapped[-1]
 common.DistributedDataParallel = spy
 for stage, cfg in configs.items():
-    cfg.batch, cfg.resume = {batch}, {resume}
+    cfg.batch, cfg.accumulate, cfg.resume = {batch}, {accumulate}, {resume}
     stage.main(cfg)
     common.barrier()                                            # real stages begin when all of the last one have ended
     if torch.distributed.is_initialized():                      # of stage II student, fake score and head
@@ -897,8 +1042,9 @@ end()
 """
 
 
-def start(tmp_path, footage, name, batch=2, resume=False, processes=1):
-    code = CHILD.format(root=ROOT, out=str(tmp_path / name / "tiny"), footage=str(footage), batch=batch, resume=resume)
+def start(tmp_path, footage, name, batch=2, accumulate=1, resume=False, processes=1):
+    code = CHILD.format(root=ROOT, out=str(tmp_path / name / "tiny"), footage=str(footage), batch=batch,
+                        accumulate=accumulate, resume=resume)
     (tmp_path / f"{name}.py").write_text(code)
     head = [sys.executable]
     if processes > 1:
@@ -907,20 +1053,16 @@ def start(tmp_path, footage, name, batch=2, resume=False, processes=1):
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one_with_the_doubled_batch(tmp_path, footage):
-    two = start(tmp_path, footage, "two", batch=1, processes=2)
+def test_two_processes_of_two_passes_train_as_one_with_four_times_the_batch(tmp_path, footage):
+    two = start(tmp_path, footage, "two", batch=1, accumulate=2, processes=2)
     err = two.communicate()[1]
     assert two.returncode == 0, err[-3000:]
     shrink()
     for stage, cfg in constants(tmp_path / "one" / "tiny", footage).items():
+        cfg.batch = 4
         stage.main(cfg)
     for k in range(4):
         folders = [tmp_path / name / "tiny" / f"stage{k}" for name in ("one", "two")]
-        logs = [[json.loads(x) for x in open(folder / "log.jsonl")] for folder in folders]
-        assert len(logs[0]) == len(logs[1]) > 0
-        for a, b in zip(*logs, strict=True):
-            for key in {"loss", "diff", "d", "dmd", "gan", "fm", "dpo"} & set(a):
-                assert b[key] == pytest.approx(a[key], rel=2e-3, abs=2e-5), (k, a["step"], key)
         parts = [torch.load(folder / "last.pt", weights_only=True) for folder in folders]
         # not the head: its first steps follow the signs of rounding errors
         for name in {"net", "student", "fake"} & set(parts[0]):
@@ -959,7 +1101,7 @@ def test_two_nodes_of_two_processes_train_as_one(chain, tmp_path, footage):
         port = free.getsockname()[1]
     script = tmp_path / "node.py"
     script.write_text(CHILD.format(root=ROOT, out=str(tmp_path / "four" / "tiny"), footage=str(footage), batch=1,
-                                   resume=False))
+                                   accumulate=1, resume=False))
     agents = [subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=2", "--rdzv_backend=c10d",
          f"--rdzv_endpoint=127.0.0.1:{port}", str(script)], stderr=subprocess.PIPE, text=True) for _ in range(2)]
