@@ -66,14 +66,15 @@ def report(title, cfg, passes, clips=1):
     print(f"{title}, {cfg.model}: {count / 1e6:.2f} M parameters; F = {forward / 1e12:.3g} TFLOP, {a:.0%} attention, "
           f"for a clip of {4 * clip['window'] - 3} frames of {clip['crop']}x{clip['crop']}, {tokens} tokens")
     print(f"{samples} clips a pass, {cfg.accumulate} passes a step; counts are per step and GPU\n")
-    heads = zip(("kept", "alone", "input", "full", "F nominal", "PFLOP", "GB"), (12, 7, 7, 7, 11, 9, 7), strict=True)
+    heads = zip(("kept", "alone", "input", "full", "F nominal", "TFLOP", "GB"), (12, 7, 7, 7, 11, 11, 8), strict=True)
     print(f"{'network':15s}" + "".join(f"{word:>{width}s}" for word, width in heads))
     total = {"forwards": 0, "flops": 0, "bytes": 0}
     for name, (kept, alone, to_input, full) in passes.items():
         nominal = alone + 2 * to_input + 3 * full + again * (to_input + full)
         flops = samples * forward * (nominal + 1.5 * a * to_input + 0.5 * a * full)
         size = count * BYTES[kept] + adapters * BYTES["trained"] * (kept == "adapted")
-        print(f"{name:15s}{kept:>12s}{alone:7d}{to_input:7d}{full:7d}{nominal:11d}{flops / 1e15:9.3f}{size / 1e9:7.1f}")
+        print(f"{name:15s}{kept:>12s}{alone:7d}{to_input:7d}{full:7d}{nominal:11d}{flops / 1e12:11,.2f}"
+              f"{size / 1e9:8.2f}")
         for key, value in zip(total, (nominal, flops, size), strict=True):
             total[key] += value
     # graphs that are alive at once: the one of a full pass, and one for each network that passes a gradient on
@@ -85,8 +86,9 @@ def report(title, cfg, passes, clips=1):
     kept = sum(inputs if again else row["layers"] * b for b in block) + again * max(block)
     total["bytes"] += kept
     print(f"{'activations':15s}{'with' if again else 'without':>12s} checkpointing, {len(graphs)} graphs at once"
-          f"{kept / 1e9:26.1f}")
-    print(f"{'total':15s}{'':33s}{total['forwards']:11d}{total['flops'] / 1e15:9.3f}{total['bytes'] / 1e9:7.1f}\n")
-    print("Not counted: the discriminator head, the CUDA context (1 GB), fragments (5 to 10 %), the video code in the "
-          "panels, and making the clips: cache them with data.py prepare --latents.")
+          f"{kept / 1e9:29.2f}")
+    print(f"{'total':15s}{'':33s}{total['forwards']:11d}{total['flops'] / 1e12:11,.2f}{total['bytes'] / 1e9:8.2f}\n")
+    print("Not counted: the discriminator head, the CUDA context (1 GB), fragments (5 to 10 %), under torchrun with "
+          "accumulate DDP's buckets (4 bytes a trained parameter of one network), the video code in the panels, and "
+          "making the clips: cache them with data.py prepare --latents.")
     return total

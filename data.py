@@ -300,7 +300,7 @@ def degrade(hr, rng, strength):
             x = jpeg(x, walk(rng, s.jpeg, 3, n))
         if i == 0 and rng.random() < s.video_prob[0]:
             x = random_video_codec(rng, x, s.bitrate)
-    for step in rng.permutation(["codec", "resize"]):
+    for step in rng.permutation(["codec", "resize"]):                   # the last two, in random order
         if step == "codec" and rng.random() < s.video_prob[1]:
             x = random_video_codec(rng, x, s.bitrate)
         if step == "resize":
@@ -414,6 +414,8 @@ class Clips:
         self.strength = STRENGTHS.get(strength, strength)
         self.shots, self.photos, self.skipped = [], [], []       # shots: (path, start, end)
         self.load = lru_cache(32)(media.read_image)
+        if not self.folder.is_dir():
+            raise SystemExit(f"{folder}: no such folder; name one with videos or photographs by --data")
         for path in sorted(self.folder.rglob("*")):
             if path.name.startswith(".") or path.suffix.lower() not in media.VIDEOS | media.IMAGES:
                 continue
@@ -497,6 +499,8 @@ class Bank:
     """
 
     def __init__(self, clips, n, cache_dir, crop, epoch=0, progress=True):
+        if n < 1:
+            raise SystemExit("clips: at least 1")
         if crop % SCALE or crop > clips.size:
             raise ValueError(f"crop of {crop} px: take a multiple of {SCALE}, at most the clips' {clips.size}")
         self.n, self.crop_size, self.seed = n, crop, clips.seed
@@ -507,6 +511,8 @@ class Bank:
         if not self.path.exists():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._build(clips, epoch, row, progress)
+        if self.path.stat().st_size != n * row:
+            raise SystemExit(f"{self.path}: clips cut short; remove this file, it is made again")
         self.rows = np.memmap(self.path, np.uint8, "r", shape=(n, row))
 
     def _build(self, clips, epoch, row, progress):
@@ -680,8 +686,8 @@ def read_latents_about(path):
         about = torch.load(f"{path}.pt", map_location="cpu", weights_only=True)
         return {k: about[k] for k in ("model", "shape", "count", "done", "vae", "vae_id", "source")}
     except Exception as error:
-        raise SystemExit(f"{path}.pt: not readable ({type(error).__name__}); make latents with data.py prepare "
-                         "--latents") from None
+        why = "missing" if not os.path.exists(path) else f"{path}.pt, beside it, not readable ({type(error).__name__})"
+        raise SystemExit(f"{path}: {why}; make latents with data.py prepare --latents") from None
 
 
 @torch.no_grad()
@@ -737,6 +743,8 @@ def prepare(film, stills, out, listed=Path(__file__).parent / "samples" / "media
     The film is soft at its own 1280x720 and sharp at 640x360; each photograph is shrunk to where it is sharp.
     """
     todo = json.loads(Path(listed).read_text())
+    if not Path(film).is_file():
+        raise SystemExit(f"{film}: no such file; samples/CREDITS.md says where the film comes from")
     if sha256(film) != todo["film"]["sha256"]:
         raise SystemExit(f"{film}: not the file that {listed} describes (sha256 differs)")
     for split in ("train", "val"):
@@ -802,7 +810,8 @@ def write_prompts(encoder, out, positive=POSITIVE_PROMPT, negative=NEGATIVE_PROM
                                                        dtype=torch.bfloat16, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0][:120]
-        raise SystemExit(f"{encoder}: no UMT5 encoder with its tokenizer ({reason})") from None
+        raise SystemExit(f"{encoder}: no UMT5 encoder with its tokenizer ({reason}); name its folder or hub name") \
+            from None
     if report["missing_keys"]:
         raise SystemExit(f"{encoder}: not the weights of a UMT5 encoder; missing: {min(report['missing_keys'])} and "
                          f"{len(report['missing_keys']) - 1} more")

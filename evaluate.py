@@ -122,10 +122,10 @@ def sources(cfg):
     rows = {}
     for row, steps in (("teacher50", cfg.teacher_steps), ("teacher1", 1)):
         rows[row] = (dict(path=teacher, part="ema", steps=steps, w=cfg.cfg_w) if teacher else
-                     f"no {stage[0]}: run stage0_teacher.py")
-    for n, script in ((1, "stage1_pd.py"), (2, "stage2_dual.py"), (3, "stage3_dpo.py")):
+                     f"no {stage[0]}: run {M.STAGES[0]}" + f"; and no {cfg.teacher}" * bool(cfg.teacher))
+    for n in (1, 2, 3):
         rows[f"stage{n}"] = (dict(path=stage[n], part="student", steps=1, w=0.0) if os.path.isfile(stage[n]) else
-                             f"no {stage[n]}: run {script}")
+                             f"no {stage[n]}: run {M.STAGES[n]}")
     # the shipped student stands in only where nothing was trained: else its row would look like part of this run
     if not any(map(os.path.isfile, stage)) and os.path.isfile(cfg.student):
         rows["stage3"] = dict(path=cfg.student, part="student", steps=1, w=0.0)
@@ -476,13 +476,15 @@ def make(cfg, device):
         if cfg.gt:
             made["HR"] = [[(c["hr"], math.nan) for c in clips]]
         return clips, made, {}, {row: PRED_ROWS[row] for row in made}, warnings
-    rows = sources(cfg)
-    for source in rows.values():
+    rows, warnings = sources(cfg), []
+    for row, source in rows.items():
         if isinstance(source, dict):
             source["sha256"] = data.sha256(source["path"])
+            if not source["path"].startswith(cfg.out):
+                warnings.append(f"{ROWS[row].format(cfg.teacher_steps)}: {source['path']}, not of {cfg.out}")
     clips = read_clips(cfg)
     folder = Path(cfg.out, "report", "clips")
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(exist_ok=True)
     for clip in clips:
         media.write_video(folder / f"{clip['name']}_LR.mkv", clip["lr"], clip["fps"])
     made = {}
@@ -491,15 +493,18 @@ def make(cfg, device):
         if not isinstance(source, str):
             seeds = range(cfg.seed, cfg.seed + (cfg.seeds if source else 1))
             made[row] = [outputs(row, source, clips, folder, seed, device) for seed in seeds]
-    return clips, made, rows, {row: title.format(cfg.teacher_steps) for row, title in ROWS.items()}, []
+    return clips, made, rows, {row: title.format(cfg.teacher_steps) for row, title in ROWS.items()}, warnings
 
 
 def main(cfg):
-    if cfg.seam < 16 or cfg.chunk < 1 or cfg.seeds < 1:
-        raise SystemExit("--seam: 16 pixels at least; --chunk and --seeds: 1 at least")
+    if cfg.seam < 16 or min(cfg.chunk, cfg.seeds, cfg.max_clips, cfg.teacher_steps) < 1:
+        raise SystemExit("--seam: 16 pixels at least; --chunk, --seeds, --max_clips, --teacher_steps: 1 at least")
+    if cfg.pred and any(Path(cfg.out).glob("stage*/last.pt")):
+        raise SystemExit(f"{cfg.out} holds stages, whose report this one would replace: name another --out")
     device = common.setup()[2]
     common.keep_memory()
     out = Path(cfg.out, "report")
+    common.make_folder(out)
     # 1) every row upscales every clip
     clips, made, rows, titles, warnings = make(cfg, device)
     extra, absent = extra_metrics(cfg.extra)
@@ -528,7 +533,6 @@ def main(cfg):
     for about, clip in zip(stamp["clips"], clips, strict=True):
         about["shift"] = {row: values["shift"] for row, values in result["per_clip"][clip["name"]].items()}
     result = plain(result | {"stamp": stamp})
-    out.mkdir(parents=True, exist_ok=True)
     common.put(out / "metrics.json", json.dumps(result, indent=2, allow_nan=False))
     print(*(f"warning: {w}" for w in warnings), sep="\n", end="\n" if warnings else "")
     print(table(result["rows"], titles))

@@ -223,7 +223,7 @@ def jobs(source, target, resume=False):
     if not source.is_dir():
         picture = source.suffix.lower() in media.IMAGES
         if target.suffix.lower() == ".png" and not picture:
-            raise ValueError(f"{target}: one picture for a video; name a folder, .mp4 or .mkv")
+            raise ValueError(f"{target}: one picture, but {source} is no picture; name a folder, .mp4 or .mkv")
         if picture and not target.suffix:
             target /= f"{source.stem}.png"
             if target.exists():                         # the user has not named this file
@@ -330,7 +330,7 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         raise SystemExit(str(error)) from None
     except KeyboardInterrupt:
-        raise SystemExit("interrupted; the same command with --resume goes on") from None
+        raise SystemExit("interrupted; the same command with --resume goes on after the last whole chunk") from None
     except (RuntimeError, MemoryError) as error:
         if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "allocate memory" not in str(error):
             raise

@@ -80,7 +80,7 @@ def video_info(path):
         head = ffmpeg(["-i", path, *one])[:200].split(b"\n")[0].decode()
         w, h, num, den = re.search(r" W(\d+) H(\d+) F(\d+):(\d+)", head).groups()
     except (ValueError, AttributeError) as e:
-        raise ValueError(f"{path}: not readable as a video ({e})") from None
+        raise ValueError(f"{path}: not readable as a video, or cut short ({e})") from None
     aspect = re.search(r" A([1-9]\d*:[1-9]\d*)", head)
     return dict(width=int(w), height=int(h), fps=Fraction(int(num), int(den)), aspect=aspect[1] if aspect else "1:1")
 

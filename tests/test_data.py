@@ -1,5 +1,6 @@
 """data.py: video in and out, the degradation step by step, clips, and the bank. Media are made on the spot."""
 import dataclasses
+import os
 from pathlib import Path
 
 import numpy as np
@@ -392,6 +393,16 @@ def test_an_empty_folder_is_an_error(tmp_path):
 # ---------------------------------------------------------------------------------------------- the bank
 
 
+def test_an_empty_or_a_damaged_bank_is_told(folder, tmp_path):
+    clips = data.Clips(folder, 5, 48, NULL)
+    with pytest.raises(SystemExit, match="clips: at least 1"):
+        data.Bank(clips, 0, tmp_path, 32)
+    whole = data.Bank(clips, 1, tmp_path, 32, progress=False).path
+    os.truncate(whole, 100)
+    with pytest.raises(SystemExit, match=f"{whole.name}: clips cut short; remove this file"):
+        data.Bank(clips, 1, tmp_path, 32)
+
+
 @pytest.fixture(scope="module")
 def bank(folder, tmp_path_factory):
     return data.Bank(data.Clips(folder, 5, 48, NULL), 6, tmp_path_factory.mktemp("bank"), 32, progress=False)
@@ -485,3 +496,5 @@ def test_prepare_cuts_only_what_is_listed(tmp_path):
     listed.write_text(data.json.dumps(todo))
     with pytest.raises(SystemExit, match="sha256"):
         data.prepare(tmp_path / "film.mkv", tmp_path, tmp_path / "out", listed)
+    with pytest.raises(SystemExit, match="none.mkv: no such file; samples/CREDITS.md"):
+        data.prepare(tmp_path / "none.mkv", tmp_path, tmp_path / "out", listed)

@@ -156,7 +156,8 @@ def test_shipped_weights_stand_in_only_for_what_was_never_run(run, tmp_path):
 
 
 @pytest.mark.parametrize("field, value, words", [
-    ("frames", 6, "take 4k"), ("frames", 9, "5 frames"), ("clips", "nowhere", "--clips"), ("strength", "x", "light")])
+    ("frames", 6, "take 4k"), ("frames", 9, "5 frames"), ("clips", "nowhere", "--clips"), ("strength", "x", "light"),
+    ("max_clips", 0, "1 at least"), ("teacher_steps", 0, "1 at least"), ("out", "/proc/x", "cannot be made")])
 def test_mistakes_get_one_line(run, field, value, words):
     cfg, _ = run
     setattr(cfg, field, value)
@@ -382,6 +383,10 @@ def test_what_cannot_be_compared_is_refused(outside, tmp_path):
     outside.seam = 0
     refused("--seam: 16")
     outside.seam = 16
+    (tmp_path / "out/stage1").mkdir()
+    (tmp_path / "out/stage1/last.pt").touch()
+    refused("out holds stages, whose report this one would replace: name another --out")
+    (tmp_path / "out/stage1/last.pt").unlink()
     outside.pred = "nowhere"
     refused("nowhere: no such")
     outside.pred, outside.gt, outside.lr = "up/b.mkv", "", ""
