@@ -128,8 +128,6 @@ def start_networks(cfg, bank, device):
 
 def check(cfg):
     """Every file that is needed is named, and none that would not be read."""
-    if cfg.init:
-        M.read_checkpoint(cfg.init)                                     # now, not after the clips are made
     base = not M.MODELS[cfg.model]["learned"] and not cfg.init
     wanted = [name for name in ("weights", "vae", "prompts") if base and not (name == "vae" and cfg.latents)]
     if unread := [name for name in ("weights", "vae", "prompts") if vars(cfg)[name] and name not in wanted]:
@@ -137,6 +135,8 @@ def check(cfg):
         raise SystemExit(f"--{', --'.join(unread)}: not read here ({why}); leave it out")
     if missing := [name for name in wanted if not vars(cfg)[name]]:
         raise SystemExit(f"{cfg.model} starts from Wan2.1: name --{', --'.join(missing)} (README, \"The real base\")")
+    if cfg.init:
+        M.read_checkpoint(cfg.init)                                     # now, not after the clips are made
 
 
 def main(cfg):
