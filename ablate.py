@@ -87,7 +87,7 @@ ARMS = {
         "uniform-free": Arm("uniform, no anchor", three=dict(anchor=0.0)),
         "one": Arm("t = 1", three=dict(dpo_t="one")),
         "one-free": Arm("t = 1, no anchor", three=dict(dpo_t="one", anchor=0.0)),
-        # a saddle, left at alpha > 1/2 (dpo_inside); the second does little
+        # a saddle, left at alpha > 1/2 (stage3_dpo.py, beta in main); the second does little
         "own-noise": Arm("own noise", three=dict(dpo_t="one", own_noise=True)),
         "own-noise-held": Arm("own noise, alpha = 0.25", three=dict(dpo_t="one", own_noise=True, alpha=0.25)),
     },
@@ -280,8 +280,10 @@ def twin(run, about, n):
 
 
 def judge(arms, key):
-    """The first arm whose candidates for DPO come from the same stage II as this arm's."""
-    return next(k for k, arm in arms.items() if 3 in needs(arm) and arm.two == arms[key].two)
+    """The first arm whose candidates for DPO come from the same stage II as this arm's and are ranked as they are."""
+    def made_by(arm):
+        return arm.two, *(arm.three.get(k) for k in ("candidates", "scorer"))
+    return next(k for k, arm in arms.items() if 3 in needs(arm) and made_by(arm) == made_by(arms[key]))
 
 
 def prepare(args, folder, arms, key, seed):

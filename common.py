@@ -5,7 +5,6 @@ import ctypes
 import datetime
 import inspect
 import json
-import math
 import os
 import re
 import signal
@@ -50,6 +49,18 @@ def parse_config(Config, presets, argv=None):
             cli.add_argument(*names, type=type(f.default), help=note)
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(cli.parse_args(argv)).items() if v is not None}
     return Config(**(presets[given.pop("preset")] | given))
+
+
+def run(main, Config, presets):
+    """main with the constants of the command line. Ctrl-C is one line, and ends a shell script around it as well."""
+    cfg = parse_config(Config, presets)
+    try:
+        main(cfg)
+    except KeyboardInterrupt:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print("\ninterrupted; add --resume to go on from the last checkpoint", file=sys.stderr)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.raise_signal(signal.SIGINT)
 
 
 def check_choices(cfg, **choices):
@@ -200,7 +211,14 @@ def continue_from(path, cfg, parts):
         except (KeyError, RuntimeError, ValueError) as error:
             raise SystemExit(f"{path}: cannot continue, {name!r} does not fit ({str(error).splitlines()[0][:100]}); "
                              "name another --out, or remove the file") from None
-    return state["step"]
+    step, total, end = state["step"], state["total"], vars(cfg).get("steps", state["total"])
+    if end < step:
+        raise SystemExit(f"{path}: at step {step}, beyond --steps {end}; --steps {step} ends it there")
+    if end == step < total and int(os.environ.get("RANK", 0)) == 0:     # it is to end where it is
+        torch.save(state | {"total": step}, path + ".tmp")
+        os.replace(path + ".tmp", path)
+        print(f"{path}: finished, at step {step} instead of {total}")
+    return step
 
 
 def samples(cfg):
@@ -225,7 +243,6 @@ def start_run(out_dir, cfg):
 
     Lines of log.jsonl after the checkpoint belong to steps that will be done again: they are dropped.
     """
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(f"{out_dir}: interrupted; add --resume to go on from last.pt"))
     last = f"{out_dir}/last.pt"
     if min(cfg.log_every, cfg.save_every) < 1:
         raise SystemExit("log_every and save_every: at least 1")
@@ -235,22 +252,18 @@ def start_run(out_dir, cfg):
     try:
         # mmap: only the small parts are wanted, not the gigabytes behind them
         state = torch.load(last, map_location="cpu", weights_only=True, mmap=True) if os.path.exists(last) else {}
-        step, before = state.get("step", 0), state.get("config", {})
+        step, before, seen = (state[k] for k in ("step", "config", "samples")) if state else (0, {}, samples(cfg))
     except Exception as error:
         raise SystemExit(f"{last}: cannot be read ({type(error).__name__}); remove it, or name another --out") from None
     # may change; with other steps the decay of stage 0 and the middle of order = "sequential" move
     free = {"resume", "steps", "log_every", "save_every", "out", "data", "latents", "checkpointing", "compile",
             "batch", "accumulate"}
     changed = [k for k, v in asdict(cfg).items() if k not in free and before.get(k, v) != v]
-    if state.get("samples", samples(cfg)) != samples(cfg):
-        changed.append(f"batch x accumulate x processes ({state['samples']} samples a step)")
+    if seen != samples(cfg):
+        changed.append(f"batch x accumulate x processes ({seen} samples a step)")
     if changed:
         raise SystemExit(f"{last}: made with another {', '.join(changed)}; set it back, or name another --out")
     make_folder(out_dir)
-    if step and vars(cfg).get("steps", math.inf) <= step < state["total"]:          # the run is to end where it is
-        torch.save(state | {"total": step}, last + ".tmp")
-        os.replace(last + ".tmp", last)
-        print(f"{last}: finished, at step {step} instead of {state['total']}")
     about = {"config": asdict(cfg), "argv": sys.argv, "commit": commit(), "torch": torch.__version__,
              "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}
     put(f"{out_dir}/run.json", json.dumps(about, indent=2))

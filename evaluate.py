@@ -477,11 +477,11 @@ def make(cfg, device):
             made["HR"] = [[(c["hr"], math.nan) for c in clips]]
         return clips, made, {}, {row: PRED_ROWS[row] for row in made}, warnings
     rows, warnings = sources(cfg), []
-    for row, source in rows.items():
+    for source in rows.values():
         if isinstance(source, dict):
             source["sha256"] = data.sha256(source["path"])
-            if not source["path"].startswith(cfg.out):
-                warnings.append(f"{ROWS[row].format(cfg.teacher_steps)}: {source['path']}, not of {cfg.out}")
+    if isinstance(rows["stage3"], dict) and rows["stage3"]["path"] == cfg.student:
+        warnings.append(f"{cfg.out} holds no stage: the row {ROWS['stage3']} is of {cfg.student}")
     clips = read_clips(cfg)
     folder = Path(cfg.out, "report", "clips")
     folder.mkdir(exist_ok=True)

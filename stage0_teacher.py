@@ -222,4 +222,4 @@ def verdicts(out_dir):
 
 
 if __name__ == "__main__":
-    main(common.parse_config(Config, PRESETS))
+    common.run(main, Config, PRESETS)

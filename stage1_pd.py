@@ -234,4 +234,4 @@ def verdicts(out_dir, step):
 
 
 if __name__ == "__main__":
-    main(common.parse_config(Config, PRESETS))
+    common.run(main, Config, PRESETS)

@@ -487,4 +487,4 @@ def verdicts(out_dir, offsets=()):
 
 
 if __name__ == "__main__":
-    main(common.parse_config(Config, PRESETS))
+    common.run(main, Config, PRESETS)

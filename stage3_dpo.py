@@ -128,7 +128,7 @@ def passes(cfg):
 def make_scorer(name):
     """A function (candidates: list of uint8 (F, H, W, 3), lr: uint8 (F, h, w, 3)) -> scores, higher is better.
 
-    Raises SystemExit naming what to install if the scorer is not there.
+    name: one that `check` knows. Raises SystemExit naming what to install if the scorer is not there.
     """
     if name == "proxy":
         return lambda candidates, lr: metrics.proxy_rank(candidates, lr)[0]
@@ -138,19 +138,17 @@ def make_scorer(name):
         except ImportError as error:
             raise SystemExit(f"scorer dover: {error}; or use --scorer proxy") from None
         return lambda candidates, lr: np.array([score(c) for c in candidates])
-    if name.startswith("pyiqa:"):
-        try:
-            import pyiqa
-        except ImportError:
-            raise SystemExit(f"scorer {name}: pip install pyiqa (non-commercial), or use --scorer proxy") from None
-        metric = pyiqa.create_metric(name.split(":", 1)[1])
-        sign = -1 if metric.lower_better else 1
+    try:
+        import pyiqa
+    except ImportError:
+        raise SystemExit(f"scorer {name}: pip install pyiqa (non-commercial), or use --scorer proxy") from None
+    metric = pyiqa.create_metric(name.removeprefix("pyiqa:"))
+    sign = -1 if metric.lower_better else 1
 
-        def score_all(candidates, lr):
-            frames = [torch.from_numpy(c[::4]).permute(0, 3, 1, 2) / 255 for c in candidates]
-            return np.array([sign * metric(f).mean().item() for f in frames])
-        return score_all
-    raise SystemExit(f"scorer {name!r}: proxy, dover, or pyiqa:<metric>")
+    def score_all(candidates, lr):
+        frames = [torch.from_numpy(c[::4]).permute(0, 3, 1, 2) / 255 for c in candidates]
+        return np.array([sign * metric(f).mean().item() for f in frames])
+    return score_all
 
 
 @torch.no_grad()
@@ -182,6 +180,14 @@ def read_pair(path):
     return torch.load(path, weights_only=True, mmap=True)               # mmap: of a large file only what is used
 
 
+def usable(path, stamp):
+    """Whether a pair is there, whole, and made from the same student with the same settings."""
+    try:
+        return read_pair(path)["stamp"] == stamp
+    except Exception:
+        return False
+
+
 def show_pairs(path, pairs, vae, device):
     """pairs.png: the middle frame of LR, loser, winner of some pairs, and where they differ (x 4)."""
     lr, lose, win = (torch.cat([vae.decode(p[k][None].float().to(device)) for p in pairs])
@@ -196,6 +202,8 @@ def check(cfg):
     common.check_choices(cfg, model=tuple(M.MODELS), dpo_t=("one", "uniform"), beta_mode=("constant", "flow"))
     if cfg.candidates < 2 or cfg.pairs < 1 or cfg.alpha <= 0 or cfg.lora < 0:
         raise SystemExit("candidates: at least 2; pairs: at least 1; alpha: above 0; lora: 0 or more")
+    if cfg.scorer not in ("proxy", "dover") and not cfg.scorer.startswith("pyiqa:"):
+        raise SystemExit(f"scorer {cfg.scorer!r}: proxy, dover, or pyiqa:<metric>")
 
 
 def main(cfg):
@@ -211,7 +219,6 @@ def main(cfg):
     # the student and its frozen reference: where it starts
     source = f"{cfg.out}/stage2/last.pt"
     student, vae, _ = M.load_checkpoint(source, "student", device, cfg.model, finished=True)
-    scorer = make_scorer(cfg.scorer)                                    # what is missing is told before clips are made
     bank, clip = data.training_bank(cfg, rank)
     reference = deepcopy(student)
     student.requires_grad_(True)
@@ -230,11 +237,13 @@ def main(cfg):
     # every process makes its share of the pairs; those made before from the same student are used again
     paths = [f"{out_dir}/pairs/{i:05d}.pt" for i in range(cfg.pairs)]
     common.make_folder(f"{out_dir}/pairs")
-    for i in tqdm(range(rank, cfg.pairs, world), "candidates", disable=rank > 0, dynamic_ncols=True):
-        if not (os.path.exists(paths[i]) and read_pair(paths[i])["stamp"] == stamp):
-            pair = make_pair(i, reference, vae, bank, clip, cfg, scorer, device)
-            torch.save({"stamp": stamp} | pair, f"{paths[i]}.tmp")
-            os.replace(f"{paths[i]}.tmp", paths[i])
+    missing = [i for i in range(rank, cfg.pairs, world) if not usable(paths[i], stamp)]
+    scorer = make_scorer(cfg.scorer) if missing else None
+    for i in tqdm(missing, "candidates", disable=rank > 0, dynamic_ncols=True):
+        pair = make_pair(i, reference, vae, bank, clip, cfg, scorer, device)
+        torch.save({"stamp": stamp} | pair, f"{paths[i]}.tmp")
+        os.replace(f"{paths[i]}.tmp", paths[i])
+    del scorer                                                          # it may be a large network
     common.barrier()
     pairs = [read_pair(path) for path in paths]
     kept = sorted(pairs, key=lambda pair: -pair["record"]["margin"])[:max(1, round(cfg.margin * cfg.pairs))]
@@ -333,4 +342,4 @@ def verdicts(out_dir):
 
 
 if __name__ == "__main__":
-    main(common.parse_config(Config, PRESETS))
+    common.run(main, Config, PRESETS)

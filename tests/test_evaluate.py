@@ -124,7 +124,9 @@ def test_real_networks(tmp_path, monkeypatch):
                 "student": net.state_dict(), "vae": vae.state_dict()}, "both.pt")
     evaluate.main(evaluate.Config(out="out", clips="val", frames=FRAMES, max_clips=1, teacher_steps=2,
                                   teacher="both.pt", student="both.pt"))
-    rows = json.loads((tmp_path / "out/report/metrics.json").read_text())["rows"]
+    result = json.loads((tmp_path / "out/report/metrics.json").read_text())
+    rows = result["rows"]
+    assert result["warnings"] == ["out holds no stage: the row stage I + II + III is of both.pt"]
     assert all(rows[row]["psnr"] > 0 for row in ("teacher50", "teacher1", "stage3")) and "reason" in rows["stage1"]
     kept = media.read_video(tmp_path / "out/report/clips/a_stage3.mkv")
     assert kept.shape == (FRAMES, 64, 64, 3)

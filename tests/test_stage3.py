@@ -110,16 +110,16 @@ def test_rank_pair():
     assert stage3.rank_pair(np.array([0.1, 3.0, -2.0, 1.0])) == (1, 2, 5.0)
 
 
-def test_unknown_and_absent_scorers_are_one_line(monkeypatch):
+def test_absent_scorers_are_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "pyiqa", None)
     monkeypatch.setitem(sys.modules, "dover_scorer", None)
-    for name, words in (("vmaf", "proxy, dover"), ("dover", "dover_scorer"), ("pyiqa:musiq", "pip install pyiqa")):
+    for name, words in (("dover", "dover_scorer"), ("pyiqa:musiq", "pip install pyiqa")):
         with pytest.raises(SystemExit, match=words):
             stage3.make_scorer(name)
 
 
 @pytest.mark.parametrize("changes, words", [(dict(dpo_t="two"), "one, uniform"), (dict(beta_mode="x"), "constant"),
-                                            (dict(candidates=1), "at least 2")])
+                                            (dict(candidates=1), "at least 2"), (dict(scorer="vmaf"), "proxy, dover")])
 def test_bad_constants_are_refused(changes, words):
     with pytest.raises(SystemExit, match=words):
         stage3.check(stage3.Config(**changes))

@@ -563,7 +563,7 @@ def test_a_network_of_another_size_is_refused(chain, tmp_path, monkeypatch, stag
         stage.main(cfg)
 
 
-def test_a_run_of_other_samples_a_step_is_not_continued(chain, tmp_path):
+def test_a_run_of_other_samples_a_step_is_not_continued(chain, tmp_path, monkeypatch):
     """Batch, passes and processes may change, their product may not: clips and noise depend on it."""
     cfg = fork(chain, stage2, tmp_path, ["stage0", "stage1"])
     shutil.copytree(f"{chain[stage2].out}/stage2", f"{cfg.out}/stage2")
@@ -573,6 +573,9 @@ def test_a_run_of_other_samples_a_step_is_not_continued(chain, tmp_path):
     cfg.batch, cfg.accumulate, cfg.steps = 1, 2, 5
     stage2.main(cfg)
     assert checkpoint(cfg, "stage2")["step"] == 5
+    monkeypatch.setattr(common, "world_size", lambda: 2)
+    with pytest.raises(SystemExit, match="made with another batch x accumulate x processes"):
+        stage2.main(cfg)
 
 
 def test_a_run_can_end_at_its_last_checkpoint(chain, tmp_path, capsys):
@@ -583,19 +586,40 @@ def test_a_run_can_end_at_its_last_checkpoint(chain, tmp_path, capsys):
     torch.save(state | {"total": 9}, path)
     with pytest.raises(SystemExit, match="unfinished, step 4 of 9"):
         M.load_checkpoint(path, finished=True)
-    cfg.resume, cfg.steps = True, 4
+    cfg.resume, cfg.steps = True, 3                             # not by a forgotten flag
+    with pytest.raises(SystemExit, match="at step 4, beyond --steps 3; --steps 4 ends it there"):
+        stage2.main(cfg)
+    cfg.steps = 4
     stage2.main(cfg)
     assert "finished, at step 4 instead of 9" in capsys.readouterr().out
     assert_equal(torch.load(path, weights_only=True), state, "stage2")
     M.load_checkpoint(path, finished=True)
 
 
-def test_ctrl_c_is_one_line_with_the_remedy(chain, tmp_path, monkeypatch):
-    cfg = fork(chain, stage1, tmp_path, ["stage0"])
-    monkeypatch.setattr(stage1, "pd_loss", lambda *args: signal.raise_signal(signal.SIGINT))
-    with pytest.raises(SystemExit, match="interrupted; add --resume"):
-        stage1.main(cfg)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+def test_ctrl_c_is_one_line_with_the_remedy(tmp_path):
+    """And the process dies of the signal, so that a shell script around it stops as well."""
+    code = ("import sys; sys.argv = ['x']; import common, stage1_pd as s, _thread\n"
+            "common.run(lambda cfg: _thread.interrupt_main() or [i for i in range(10**9)], s.Config, s.PRESETS)")
+    child = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert child.stderr.strip() == "interrupted; add --resume to go on from the last checkpoint"
+    assert child.returncode == -signal.SIGINT
+
+
+def test_pairs_of_an_older_student_are_made_again(chain, tmp_path, monkeypatch):
+    cfg = fork(chain, stage3, tmp_path, ["stage0", "stage1"])
+    for n in (2, 3):
+        shutil.copytree(f"{chain[stage3].out}/stage{n}", f"{cfg.out}/stage{n}")
+    state = torch.load(f"{cfg.out}/stage2/last.pt", weights_only=True)
+    torch.save(state | {"student": {k: 1.1 * v for k, v in state["student"].items()}}, f"{cfg.out}/stage2/last.pt")
+    os.remove(f"{cfg.out}/stage3/last.pt")
+    made, make = [], stage3.make_pair
+    monkeypatch.setattr(stage3, "make_pair", lambda i, *args: (made.append(i), make(i, *args))[1])
+    stage3.main(cfg)
+    assert made == [0, 1, 2]
+    os.truncate(f"{cfg.out}/stage3/pairs/00002.pt", 100)        # a damaged one is as good as none
+    cfg.resume, cfg.steps = True, 5
+    stage3.main(cfg)
+    assert made == [0, 1, 2, 2]
 
 
 def test_an_unfinished_stage_is_not_built_upon(chain, tmp_path):
