@@ -76,7 +76,6 @@ def check_choices(cfg, **choices):
 
 def setup():
     """Join the process group that torchrun describes, if any. Returns (rank, world, device)."""
-    keep_memory()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -90,8 +89,7 @@ def setup():
 
 def keep_memory():
     """Let glibc keep what is freed for what is needed next. By default it gives back arrays of a megabyte and more,
-    and getting fresh pages from the kernel for every array costs a third of the time of upscaling a film and a tenth of
-    a training step."""
+    and getting fresh pages from the kernel for every array costs a third of the time of upscaling a film."""
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3                         # malloc.h
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt:                                                         # macOS and musl have none

@@ -502,6 +502,7 @@ def main(cfg):
     if cfg.pred and any(Path(cfg.out).glob("stage*/last.pt")):
         raise SystemExit(f"{cfg.out} holds stages, whose report this one would replace: name another --out")
     device = common.setup()[2]
+    common.keep_memory()
     out = Path(cfg.out, "report")
     common.make_folder(out)
     # 1) every row upscales every clip

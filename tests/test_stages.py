@@ -598,7 +598,8 @@ def test_a_run_can_end_at_its_last_checkpoint(chain, tmp_path, capsys):
 
 def test_ctrl_c_is_one_line_with_the_remedy(tmp_path):
     """And the process dies of the signal, so that a shell script around it stops as well."""
-    code = ("import sys; sys.argv = ['x']; import common, stage1_pd as s, _thread\n"
+    code = ("import sys; sys.argv = ['x']; import common, stage1_pd as s, _thread, signal\n"
+            "signal.signal(signal.SIGINT, signal.default_int_handler)\n"       # a job in the background would ignore it
             "common.run(lambda cfg: _thread.interrupt_main() or [i for i in range(10**9)], s.Config, s.PRESETS)")
     child = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert child.stderr.strip() == "interrupted; add --resume to go on from the last checkpoint"
