@@ -1,4 +1,4 @@
-# make demo    stages I to III, shortened, from the teacher that ships, one clip upscaled, all measured (12 min, 2 cores)
+# make demo    stages I to III, shortened, from the teacher that ships, one clip upscaled, all measured (12 to 15 min, 2 cores)
 # make test    lint and every test (5 min, 2 cores)
 # make clean   remove what the demo wrote: stages I to III of out/tiny, the report, the clip
 
