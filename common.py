@@ -181,12 +181,17 @@ def put(path, text):
     os.replace(f"{path}.tmp", path)
 
 
+def put_state(path, state):
+    """torch.save a dict that is there whole or not at all."""
+    torch.save(state, f"{path}.tmp")
+    os.replace(f"{path}.tmp", path)
+
+
 def save(path, cfg, stage, step, total, /, **parts):
-    """Write {stage, config, step, total, samples, a state dict per part}; then rename it, so that it is never half."""
+    """Write {stage, config, step, total, samples, a state dict per part}."""
     state = {k: p.state_dict() if hasattr(p, "state_dict") else p for k, p in parts.items()}
-    torch.save({"stage": stage, "config": asdict(cfg), "step": step, "total": total, "samples": samples(cfg), **state},
-               path + ".tmp")
-    os.replace(path + ".tmp", path)
+    put_state(path, {"stage": stage, "config": asdict(cfg), "step": step, "total": total, "samples": samples(cfg),
+                     **state})
 
 
 def continue_from(path, cfg, parts):
@@ -213,8 +218,7 @@ def continue_from(path, cfg, parts):
     if end < step:
         raise SystemExit(f"{path}: at step {step}, beyond --steps {end}; --steps {step} ends it there")
     if end == step < total and int(os.environ.get("RANK", 0)) == 0:     # it is to end where it is
-        torch.save(state | {"total": step}, path + ".tmp")
-        os.replace(path + ".tmp", path)
+        put_state(path, state | {"total": step})
         print(f"{path}: finished, at step {step} instead of {total}")
     return step
 

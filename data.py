@@ -709,8 +709,7 @@ def prepare_latents(path, folder, model, vae, count, seed=0, device="cpu", save_
         raise SystemExit(f"{path} exists and is no file of latents: name another")
 
     def note():
-        torch.save(about, f"{path}.pt.tmp")
-        os.replace(f"{path}.pt.tmp", f"{path}.pt")
+        common.put_state(f"{path}.pt", about)
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         note()

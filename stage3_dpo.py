@@ -241,14 +241,15 @@ def main(cfg):
     scorer = make_scorer(cfg.scorer) if missing else None
     for i in tqdm(missing, "candidates", disable=rank > 0, dynamic_ncols=True):
         pair = make_pair(i, reference, vae, bank, clip, cfg, scorer, device)
-        torch.save({"stamp": stamp} | pair, f"{paths[i]}.tmp")
-        os.replace(f"{paths[i]}.tmp", paths[i])
+        common.put_state(paths[i], {"stamp": stamp} | pair)
     del scorer                                                          # it may be a large network
     common.barrier()
     pairs = [read_pair(path) for path in paths]
-    kept = sorted(pairs, key=lambda pair: -pair["record"]["margin"])[:max(1, round(cfg.margin * cfg.pairs))]
-    if rank == 0:
-        records = [pair["record"] | {"kept": any(pair is x for x in kept)} for pair in pairs]
+    order = sorted(range(cfg.pairs), key=lambda i: -pairs[i]["record"]["margin"])
+    order = order[:max(1, round(cfg.margin * cfg.pairs))]
+    kept = [pairs[i] for i in order]
+    if rank == 0 and (missing or not os.path.exists(f"{out_dir}/pairs.png")):
+        records = [pair["record"] | {"kept": i in order} for i, pair in enumerate(pairs)]
         common.put(f"{out_dir}/pairs.json", json.dumps({"scorer": cfg.scorer, "pairs": records}, indent=1))
         show_pairs(f"{out_dir}/pairs.png", kept[:4], vae, device)
     distance = torch.tensor([pair["distance"] for pair in kept])

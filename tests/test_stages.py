@@ -1003,6 +1003,9 @@ def test_stages_train_on_cached_latents(chain, tmp_path, footage, monkeypatch):
         data.prepare_latents(path, footage, "tiny", other, 5)
     with pytest.raises(SystemExit, match="missing; make latents"):
         data.LatentBank(str(tmp_path / "nothing.bin"), "tiny")
+    (tmp_path / "alone.bin").touch()
+    with pytest.raises(SystemExit, match="beside it, not readable"):
+        data.LatentBank(str(tmp_path / "alone.bin"), "tiny")
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="other settings, media"):
         patch.setitem(data.STRENGTHS, "light", replace(data.LIGHT, kernel=(7, 7)))
         data.prepare_latents(path, footage, "tiny", vae, 5)
@@ -1078,16 +1081,22 @@ def start(tmp_path, footage, name, batch=2, accumulate=1, resume=False, processe
 
 
 @pytest.mark.slow
-def test_two_processes_of_two_passes_train_as_one_with_four_times_the_batch(tmp_path, footage):
-    two = start(tmp_path, footage, "two", batch=1, accumulate=2, processes=2)
+@pytest.mark.parametrize("passes", [1, 2])
+def test_two_processes_train_as_one_with_the_whole_batch(tmp_path, footage, passes):
+    two = start(tmp_path, footage, "two", batch=1, accumulate=passes, processes=2)
     err = two.communicate()[1]
     assert two.returncode == 0, err[-3000:]
     shrink()
     for stage, cfg in constants(tmp_path / "one" / "tiny", footage).items():
-        cfg.batch = 4
+        cfg.batch = 2 * passes
         stage.main(cfg)
     for k in range(4):
         folders = [tmp_path / name / "tiny" / f"stage{k}" for name in ("one", "two")]
+        logs = [[json.loads(x) for x in open(folder / "log.jsonl")] for folder in folders]
+        assert len(logs[0]) == len(logs[1]) > 0
+        for a, b in zip(*logs, strict=True) if passes == 1 else ():    # of several passes the last one is logged
+            for key in {"loss", "diff", "d", "dmd", "gan", "fm", "dpo"} & set(a):
+                assert b[key] == pytest.approx(a[key], rel=2e-3, abs=2e-5), (k, a["step"], key)
         parts = [torch.load(folder / "last.pt", weights_only=True) for folder in folders]
         # not the head: its first steps follow the signs of rounding errors
         for name in {"net", "student", "fake"} & set(parts[0]):
