@@ -26,6 +26,7 @@ import os
 import uuid
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -43,7 +44,7 @@ import media
 import model as M
 
 SCALE = 4           # HR is 4 times as wide as LR, as in the paper
-BANK_FORMAT = 1     # raise it when the same settings make other clips: old banks are then not used any more
+BANK_FORMAT = 2     # raise it when the same settings make other clips: old banks are then not used any more
 
 # ---------------------------------------------------------------------------------------------- tensors
 
@@ -277,6 +278,18 @@ def sharpen(x):
     return x + mask * ((x + 0.5 * residue).clamp(0, 1) - x)
 
 
+@contextmanager
+def one_thread():
+    """Torch on one thread. Several add up in another order, and a codec makes levels of what that rounds otherwise."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@one_thread()
 def degrade(hr, rng, strength):
     """HR float32 (F, H, W, 3) in [0, 1] -> LR uint8 (F, H/4, W/4, 3), by the list of RealBasicVSR, top to bottom.
 
@@ -472,6 +485,7 @@ class Clips:
         y, x = pick(rng, places, lambda p: texture(video[0, p[0]:p[0] + self.size, p[1]:p[1] + self.size]))
         return video[:, y:y + self.size, x:x + self.size]
 
+    @one_thread()
     def clip(self, epoch, index):
         """(HR uint8 (F, size, size, 3), LR uint8 (F, size/4, size/4, 3))."""
         rng = np.random.default_rng([self.seed, epoch, index])
@@ -522,7 +536,7 @@ class Bank:
 
             def make(i):
                 rows[i] = np.concatenate([x.ravel() for x in clips.clip(epoch, i)])
-            with ThreadPoolExecutor(os.cpu_count()) as pool:     # which thread makes a clip changes nothing in it
+            with one_thread(), ThreadPoolExecutor(os.cpu_count()) as pool:          # the workers start with one, too
                 jobs = pool.map(make, range(self.n))
                 list(tqdm(jobs, f"clips of {clips.folder}", self.n, disable=not progress))
             rows.flush()

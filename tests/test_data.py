@@ -220,6 +220,21 @@ def test_degrade(monkeypatch, strength):
         data.degrade(hr(0, 2, 64)[:, :62], np.random.default_rng(0), strength)
 
 
+def test_lr_does_not_depend_on_the_number_of_threads(tmp_path):
+    x, made, banks = hr(0, 5, 256), [], []
+    samples = data.Clips("samples/train", 5, 96, "light")
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        try:
+            made.append([data.degrade(x, np.random.default_rng(seed), "realbasicvsr") for seed in range(4)])
+            banks.append(data.Bank(samples, 4, tmp_path / str(threads), 96, progress=False))
+            assert torch.get_num_threads() == threads
+        finally:
+            torch.set_num_threads(1)
+    assert all(np.array_equal(a, b) for a, b in zip(*made, strict=True))
+    assert np.array_equal(banks[0].rows, banks[1].rows)
+
+
 def test_random_resize_is_even_and_one_size():
     x = torch.rand(6, 3, 50, 38)
     seen = set()
