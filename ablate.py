@@ -115,7 +115,7 @@ def arms_of(args):
     arms = ARMS[args.name]
     if not args.stage3:
         arms = {k: replace(arm, row="stage2") if needs(arm) == (2, 3) else arm for k, arm in arms.items()}
-    return {k: replace(arm, title=arm.title.format(args.teacher_steps)) for k, arm in arms.items()}
+    return {k: replace(arm, title=arm.title.replace("{}", str(args.teacher_steps))) for k, arm in arms.items()}
 
 
 def configs(args, arm, out, seed):
@@ -125,7 +125,10 @@ def configs(args, arm, out, seed):
     for n, changes in ((2, arm.two), (3, arm.three)):
         if n in needs(arm):
             own = dict(out=str(out), seed=seed, resume=True)
-            found[n] = STAGES[n].Config(**STAGES[n].PRESETS[args.preset] | given | changes | own)
+            try:
+                found[n] = STAGES[n].Config(**STAGES[n].PRESETS[args.preset] | given | changes | own)
+            except TypeError as error:
+                raise SystemExit(f"arm {arm.title!r}: {str(error).split('.')[-1]}") from None
             STAGES[n].check(found[n])
     return found
 
@@ -269,8 +272,8 @@ def link(source, target):
 
 
 def twin(run, about, n):
-    """The folder of a finished stage n, of any arm of any ablation of this out, whose settings up to there and whose
-    seed are the same; None if there is none: what two ablations share is trained once. about: as in prepare."""
+    """The folder of a finished stage n, of any arm of any ablation of this out, whose settings, seed and code up to
+    there are the same; None if there is none: what two ablations share is trained once. about: as in prepare."""
     def wanted(settings):
         return {k: v for k, v in settings.items() if int(k[len("stage")]) <= n}
     for note in sorted(run.parent.parent.glob("*/*-seed*/arm.json")):
@@ -294,6 +297,7 @@ def prepare(args, folder, arms, key, seed):
     about = {"stage1": data.sha256(f"{args.out}/stage1/last.pt")}
     for n, cfg in cfgs.items():
         about |= {f"stage{n}.{k}": v for k, v in asdict(cfg).items() if k not in ("out", "resume")}
+        about[f"stage{n}.code"] = common.code(STAGES[n], M, data, *[metrics] * (n == 3))
     about, note = json.loads(json.dumps(about)), run / "arm.json"      # tuples become lists, as they will be read
     before = json.loads(note.read_text()) if note.exists() else about
     changed = [k for k, v in about.items() if before.get(k) != v]
@@ -334,8 +338,7 @@ def measure(cfg, clips, folder, run, key, arm, seed, pace, device):
     threads = torch.get_num_threads()
     made = evaluate.outputs(key, source, clips, folder / "clips", seed, device)
     torch.set_num_threads(threads)                              # its workers may have set another number
-    code = evaluate.sha256(*[Path(m.__file__).read_text() for m in (evaluate, metrics)])
-    stamp = {"outputs": [evaluate.sha256(frames) for frames, _ in made], "code": code,
+    stamp = {"outputs": [evaluate.sha256(frames) for frames, _ in made], "code": common.code(evaluate, metrics),
              "truth": [evaluate.sha256(clip["hr"]) for clip in clips]}
     note = run / "numbers.json"
     about = json.loads(note.read_text()) if note.exists() else {}
@@ -439,6 +442,8 @@ def main(argv=None):
     arms, folder, device = arms_of(args), Path(args.out, "ablate", args.name), common.setup()[2]
     if folder.exists() and not args.resume:
         raise SystemExit(f"{folder} exists: add --resume to go on with it, or remove it")
+    for arm in arms.values():
+        configs(args, arm, folder, 0)                           # a mistake in the last arm is told now
     cfg = evaluation(args)
     clips = evaluate.read_clips(cfg)
 

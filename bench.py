@@ -211,8 +211,8 @@ def stage2(preset, device, repeats, rate):
     for net in (student, fake, real):
         net.checkpointing = cfg.checkpointing
     taps = M.tap_blocks(len(real.blocks))
-    head = M.RFSHead(real.head.head.in_features, len(taps), stage2_dual.HEAD_CHANNELS[preset],
-                     (T, H // 2, W // 2)).to(device)
+    width = stage2_dual.Config(**stage2_dual.PRESETS[preset]).head_channels
+    head = M.RFSHead(real.head.head.in_features, len(taps), width, (T, H // 2, W // 2)).to(device)
     optimisers = {net: torch.optim.AdamW(net.parameters(), lr=1e-6, betas=(0.0, 0.999), weight_decay=0)
                   for net in (student, fake, head)}
 

@@ -1,8 +1,10 @@
 """Plumbing shared by every script. Nothing in this file comes from the paper, and importing it does nothing."""
 import argparse
+import ast
 import contextlib
 import ctypes
 import datetime
+import hashlib
 import inspect
 import json
 import os
@@ -46,7 +48,7 @@ def parse_config(Config, presets, argv=None):
         elif isinstance(f.default, tuple):
             cli.add_argument(*names, nargs="+", type=type(f.default[0]), help=note)
         else:
-            cli.add_argument(*names, type=type(f.default), help=note)
+            cli.add_argument(*names, type=f.type, help=note)
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(cli.parse_args(argv)).items() if v is not None}
     return Config(**(presets[given.pop("preset")] | given))
 
@@ -63,8 +65,16 @@ def run(main, Config, presets):
         signal.raise_signal(signal.SIGINT)
 
 
-def check_choices(cfg, **choices):
-    """Raise SystemExit with the possible values if a field is none of them."""
+LEAST = dict(batch=1, accumulate=1, steps=1, aux_per_student=0, aux_warmup=0, log_every=1, save_every=1, seed=0)
+
+
+def check_fields(cfg, **choices):
+    """Raise SystemExit with the possible values if a field is none of them, or a number too small."""
+    for name, least in LEAST.items():
+        if vars(cfg).get(name, least) < least:
+            raise SystemExit(f"{name} {vars(cfg)[name]}: at least {least}")
+    if vars(cfg).get("shift", 1) <= 0:
+        raise SystemExit(f"shift {cfg.shift}: above 0; at 1 times stay as they are")
     for name, values in choices.items():
         if vars(cfg)[name] not in values:
             raise SystemExit(f"{name} {vars(cfg)[name]!r}: one of {', '.join(values)}")
@@ -82,7 +92,7 @@ def setup():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
-        # the others may wait long while rank 0 degrades clips or ranks candidates
+        # the others may wait long: rank 0 degrades the clips, and each is done with its candidates at another time
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=12))
     return rank, world, device
 
@@ -212,8 +222,9 @@ def continue_from(path, cfg, parts):
         try:
             part.load_state_dict(state[name])
         except (KeyError, RuntimeError, ValueError) as error:
-            raise SystemExit(f"{path}: cannot continue, {name!r} does not fit ({str(error).splitlines()[0][:100]}); "
-                             "name another --out, or remove the file") from None
+            why = str(error).splitlines()[-1].strip()[:100]
+            raise SystemExit(f"{path}: cannot continue, {name!r} does not fit ({why}); name another --out, or remove "
+                             "the file") from None
     step, total, end = state["step"], state["total"], vars(cfg).get("steps", state["total"])
     if end < step:
         raise SystemExit(f"{path}: at step {step}, beyond --steps {end}; --steps {step} ends it there")
@@ -226,11 +237,6 @@ def continue_from(path, cfg, parts):
 def samples(cfg):
     """How many a step sees, over all passes and processes: what a resumed run has to keep."""
     return cfg.batch * cfg.accumulate * world_size()
-
-
-def check_batch(cfg):
-    if min(cfg.batch, cfg.accumulate) < 1:
-        raise SystemExit("batch and accumulate: at least 1")
 
 
 def make_folder(path):
@@ -246,9 +252,6 @@ def start_run(out_dir, cfg):
     Lines of log.jsonl after the checkpoint belong to steps that will be done again: they are dropped.
     """
     last = f"{out_dir}/last.pt"
-    if min(cfg.log_every, cfg.save_every) < 1:
-        raise SystemExit("log_every and save_every: at least 1")
-    check_batch(cfg)
     if os.path.exists(last) and not cfg.resume:
         raise SystemExit(f"{last} exists: add --resume to continue it, or name another --out")
     try:
@@ -271,6 +274,12 @@ def start_run(out_dir, cfg):
     put(f"{out_dir}/run.json", json.dumps(about, indent=2))
     kept = [line for line in read_log(out_dir) if line["step"] <= step]
     put(f"{out_dir}/log.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
+
+
+def code(*modules):
+    """A hash of what modules do, comments left out: what other code made is made again."""
+    trees = [ast.dump(ast.parse(inspect.getsource(module))) for module in modules]
+    return hashlib.sha256("".join(trees).encode()).hexdigest()[:16]
 
 
 def commit():

@@ -9,7 +9,6 @@ attention in F, d = 1 + 1.5 a and b = 2 + 0.5 a. Activation checkpointing adds F
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import common
 import data
 import model as M
 
@@ -52,10 +51,9 @@ def saved_bytes(name, kept, lora=0):
 def report(title, cfg, passes, clips=1):
     """Print the table and return {"forwards", "flops", "bytes"} of a step. passes: {network: (how it is kept, passes
     forward alone, with input gradient, full)}; clips: how many samples a pass takes for each of cfg.batch."""
-    row, clip = M.MODELS[cfg.model], data.CLIPS[cfg.model]
+    row, clip = M.MODELS[cfg.model], data.clip_row(cfg.model)
     side = clip["crop"] // M.vae_class(cfg.model).stride
     tokens = clip["window"] * side * side // 4
-    common.check_batch(cfg)
     with torch.device("meta"):
         net = M.build(cfg.model)
         count, adapters = sum(p.numel() for p in net.parameters()), 0

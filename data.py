@@ -23,6 +23,7 @@ import io
 import json
 import math
 import os
+import sys
 import uuid
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -44,7 +45,6 @@ import media
 import model as M
 
 SCALE = 4           # HR is 4 times as wide as LR, as in the paper
-BANK_FORMAT = 2     # raise it when the same settings make other clips: old banks are then not used any more
 
 # ---------------------------------------------------------------------------------------------- tensors
 
@@ -428,7 +428,8 @@ class Clips:
         self.shots, self.photos, self.skipped = [], [], []       # shots: (path, start, end)
         self.load = lru_cache(32)(media.read_image)
         if not self.folder.is_dir():
-            raise SystemExit(f"{folder}: no such folder; name one with videos or photographs by --data")
+            what = "a file" if self.folder.is_file() else "no such folder"
+            raise SystemExit(f"{folder}: {what}; name a folder with videos or photographs by --data")
         for path in sorted(self.folder.rglob("*")):
             if path.name.startswith(".") or path.suffix.lower() not in media.VIDEOS | media.IMAGES:
                 continue
@@ -463,10 +464,10 @@ class Clips:
         self.shots += shots
 
     def stamp(self):
-        """What the pixels of a clip are made from: seed, degradation, and name, size and time of every file used."""
+        """What the pixels of a clip are made from: code, seed, degradation, and name, size and time of every file."""
         files = sorted({p for p, _, _ in self.shots} | set(self.photos))
         files = [(str(p.relative_to(self.folder)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
-        return [self.seed, asdict(self.strength), files]
+        return [common.code(sys.modules[__name__], media), self.seed, asdict(self.strength), files]
 
     def __len__(self):
         """Clips that do not overlap in time, and one for each photograph; any index is valid, though."""
@@ -519,7 +520,7 @@ class Bank:
             raise ValueError(f"crop of {crop} px: take a multiple of {SCALE}, at most the clips' {clips.size}")
         self.n, self.crop_size, self.seed = n, crop, clips.seed
         self.shapes = [(clips.frames, s, s, 3) for s in (clips.size, clips.size // SCALE)]
-        key = json.dumps([BANK_FORMAT, n, epoch, self.shapes, clips.stamp()])
+        key = json.dumps([n, epoch, self.shapes, clips.stamp()])
         self.path = Path(cache_dir) / f"bank-{hashlib.sha256(key.encode()).hexdigest()[:16]}.bin"
         row = sum(math.prod(s) for s in self.shapes)
         if not self.path.exists():
@@ -590,12 +591,26 @@ CLIPS = {       # by model. size: px of a stored clip; crop: px of a training cr
 }
 
 
+def clip_row(model):
+    """The row of CLIPS of a model, if its numbers go together."""
+    if model not in CLIPS:
+        raise SystemExit(f"model {model}: add a row of CLIPS in data.py")
+    row, tokens = CLIPS[model], 2 * M.vae_class(model).stride
+    if row["frames"] % 4 != 1 or not 0 < row["window"] <= (row["frames"] + 3) // 4:
+        raise SystemExit(f"CLIPS of {model}: frames 4k + 1, window at most k + 1")
+    if row["crop"] % tokens or row["size"] % (2 * SCALE) or not 0 < row["crop"] <= row["size"]:
+        raise SystemExit(f"CLIPS of {model}: crop a multiple of {tokens}, size of {2 * SCALE}, crop at most size")
+    if row["strength"] not in STRENGTHS:
+        raise SystemExit(f"CLIPS of {model}: strength one of {', '.join(STRENGTHS)}")
+    return row
+
+
 def training_bank(cfg, rank, latents=""):
     """(Bank, its row of CLIPS) of the folder cfg.data; or LatentBank of the file `latents`, if one is named.
 
     Rank 0 builds a Bank while the others wait.
     """
-    clip = CLIPS[cfg.model]
+    clip = clip_row(cfg.model)
     if latents:
         return LatentBank(latents, cfg.model, cfg.seed), clip
     clips = Clips(cfg.data, clip["frames"], clip["size"], clip["strength"], cfg.seed)
@@ -711,12 +726,12 @@ def prepare_latents(path, folder, model, vae, count, seed=0, device="cpu", save_
     clips = Clips(folder, clip["frames"], clip["size"], clip["strength"], seed)
     side, T = clip["crop"] // vae.stride, (clip["frames"] - 1) // 4 + 1
     about = {"model": model, "shape": (3, vae.channels, T, side, side), "count": count, "done": 0,
-             "vae": vae.state_dict(), "vae_id": fingerprint(vae), "source": json.dumps([BANK_FORMAT, clips.stamp()])}
+             "vae": vae.state_dict(), "vae_id": fingerprint(vae), "source": json.dumps(clips.stamp())}
     size = 2 * count * math.prod(about["shape"])
     if Path(f"{path}.pt").exists():
         before = read_latents_about(path)
         if any(before[k] != about[k] for k in ("model", "shape", "count", "vae_id", "source")):
-            raise SystemExit(f"{path}: made with other settings, media or another video code; name another file")
+            raise SystemExit(f"{path}: made with other settings, media, code or video code; name another file")
         if Path(path).exists() and Path(path).stat().st_size == size:      # if not, its rows are lost: start again
             about = before
     elif Path(path).exists():

@@ -52,7 +52,7 @@ class Config:
     max_clips: int = 4              # clips used, spread over the sorted folder
     strength: str = "light"         # degradation that makes the input: a name in data.STRENGTHS
     teacher_steps: int = 50         # Euler steps of the multi-step teacher
-    cfg_w: float = 0.5              # its guidance weight, stage I's; costs a second network call per step unless 0
+    cfg_w: float = -1.0             # its guidance, 0: none, one call a step; -1: stage I's, 0.5 for weights that ship
     seed: int = 0                   # of the degradation and of the noise
     seeds: int = 1                  # noise seeds, from `seed` on; the table then has means over them
     teacher: str = "weights/tiny_teacher.pt"    # read if <out>/stage0 was not run; "" is none
@@ -68,7 +68,7 @@ class Config:
 PRESETS = {                         # the first one is the default
     "tiny":  dict(),
     "small": dict(out="out/small", teacher="", student=""),
-    "wan1.3b": dict(out="out/wan1.3b", teacher="", student="", cfg_w=2.0),
+    "wan1.3b": dict(out="out/wan1.3b", teacher="", student=""),
 }
 
 ROWS = {                            # in the order of the table
@@ -119,9 +119,11 @@ def sources(cfg):
     """{row: dict(path, part, steps, w)} for the rows that a network makes; a string is why a row has none."""
     stage = [f"{cfg.out}/stage{n}/last.pt" for n in range(4)]
     teacher = next((p for p in (stage[0], cfg.teacher) if os.path.isfile(p)), None)
-    rows = {}
+    rows, w = {}, cfg.cfg_w
+    if w < 0:
+        w = M.read_checkpoint(stage[1])["config"]["cfg_w"] if os.path.isfile(stage[1]) else 0.5
     for row, steps in (("teacher50", cfg.teacher_steps), ("teacher1", 1)):
-        rows[row] = (dict(path=teacher, part="ema", steps=steps, w=cfg.cfg_w) if teacher else
+        rows[row] = (dict(path=teacher, part="ema", steps=steps, w=w) if teacher else
                      f"no {stage[0]}: run {M.STAGES[0]}" + f"; and no {cfg.teacher}" * bool(cfg.teacher))
     for n in (1, 2, 3):
         rows[f"stage{n}"] = (dict(path=stage[n], part="student", steps=1, w=0.0) if os.path.isfile(stage[n]) else
@@ -198,8 +200,7 @@ def outputs(row, source, clips, folder, seed, device):
     """[(frames, seconds)] of one row, one per clip. source: see sources(), None for rows without a network."""
     if row == "HR":
         return [(clip["hr"], math.nan) for clip in clips]
-    code = sha256(*[Path(module.__file__).read_text() for module in (M, infer, data)])
-    settings = {"row": row, "code": code}                       # everything that the frames depend on
+    settings = {"row": row, "code": common.code(M, infer, data)}        # everything that the frames depend on
     if source:
         settings |= {k: source[k] for k in ("part", "steps", "w", "sha256")}
         settings |= {"seed": seed, "device": device.type}

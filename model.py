@@ -337,6 +337,8 @@ def merged(net):
 
 def tap_blocks(layers, fractions=(0.45, 0.72, 1.0)):
     """Block indices at these fractions of the depth: 2, 3, 5 of 6; 13, 21, 29 of 30 (those of Self-Forcing)."""
+    if not fractions or not all(0 < f <= 1 for f in fractions):
+        raise ValueError(f"taps at {fractions} of the depth: at least one, above 0, at most 1")
     return tuple(sorted({max(0, int(f * layers + 0.5) - 1) for f in fractions}))
 
 

@@ -61,7 +61,7 @@ class Config:
     save_every: int = 500           # steps between checkpoints and panels
 
 
-PRESETS = {                         # the first one is the default
+PRESETS = {                         # the first one is the default; its values replace those above
     "tiny":  dict(),
     "small": dict(model="small", out="out/small", clips=4000, batch=16, lr=3e-4, warmup=1000),
     "wan1.3b": dict(model="wan1.3b", out="out/wan1.3b", clips=2000, batch=1, accumulate=8, steps=10_000, lr=2e-5,
@@ -140,7 +140,7 @@ def check(cfg):
 
 
 def main(cfg):
-    common.check_choices(cfg, model=tuple(M.MODELS))
+    common.check_fields(cfg, model=tuple(M.MODELS))
     if cfg.dry_run:
         return cost.report("stage 0", cfg, passes(cfg))
     check(cfg)

@@ -55,7 +55,7 @@ class Config:
     save_every: int = 100           # steps between checkpoints; a panel at the end of most phases
 
 
-PRESETS = {                         # the first one is the default
+PRESETS = {                         # the first one is the default; its values replace those above
     "tiny":  dict(),
     "small": dict(model="small", out="out/small", clips=4000, batch=16, cfg_steps=500, cfg_lr=5e-5,
                   steps_per_phase=500, pd_lr=1e-4, save_every=500),
@@ -121,7 +121,7 @@ def passes(cfg):
 
 
 def check(cfg):
-    common.check_choices(cfg, model=tuple(M.MODELS), pd_space=("v", "z"))
+    common.check_fields(cfg, model=tuple(M.MODELS), pd_space=("v", "z"))
     halves = all(a == 2 * b for a, b in zip(cfg.pd_grid, cfg.pd_grid[1:], strict=False))
     if len(cfg.pd_grid) < 2 or not halves or cfg.pd_grid[-1] != 1:
         raise SystemExit(f"pd_grid {cfg.pd_grid}: two numbers at least, each half the one before, the last one 1")

@@ -74,9 +74,9 @@ class Config:
     t_min: float = 0.02             # score times are t_min + (t_max - t_min) shift(u) [DMD2]
     t_max: float = 0.98             # [DMD2]; a narrower range, such as 0.7, keeps closer to the LR [ours]
     shift: float = 1.0              # shift of the score times [ours; 5 at 1.3B: Self-Forcing]
-    real_score: str = "cfg"         # "cfg": CFG-distilled, one pass; "teacher": stage 0 with guidance, two [ours]
-    real_w: float = 0.5             # guidance weight of real_score "teacher" [ours]
+    real_score: str = "cfg"         # "cfg": CFG-distilled, one pass; "teacher": stage 0, guided by cfg_w, two [ours]
     fm_norm: str = "mse"            # L_FM: "mse" [paper] or "l1" [SeedVR2]
+    head_channels: int = 64         # width of the discriminator head [ours]
     pooled: bool = False            # one logit per clip [DMD2] instead of one per patch
     gan_same_noise: bool = True     # in L_D HR and the student's sample share t and eps, as in L_FM always [ours]
     lr: float = 1e-4                # student learning rate [ours: LOG.md; 2e-6 at 1.3B: CausVid]
@@ -88,18 +88,17 @@ class Config:
     save_every: int = 20            # student updates between checkpoints and panels
 
 
-PRESETS = {                         # the first one is the default
+PRESETS = {                         # the first one is the default; its values replace those above
     "tiny":  dict(),
-    "small": dict(model="small", out="out/small", clips=4000, batch=16, steps=1000, aux_warmup=200, lr=2e-5,
-                  lr_fake=4e-5, lr_head=1e-4, ema=0.99, log_every=10, save_every=100),
+    "small": dict(model="small", out="out/small", clips=4000, batch=16, steps=1000, aux_warmup=200, head_channels=128,
+                  lr=2e-5, lr_fake=4e-5, lr_head=1e-4, ema=0.99, log_every=10, save_every=100),
     "wan1.3b": dict(model="wan1.3b", out="out/wan1.3b", clips=2000, batch=1, accumulate=8, steps=2000, aux_warmup=200,
-                    shift=5.0, real_w=2.0, lr=2e-6, lr_fake=2e-6, lr_head=1e-5, ema=0.99, clip_norm=10.0,
+                    shift=5.0, head_channels=512, lr=2e-6, lr_fake=2e-6, lr_head=1e-5, ema=0.99, clip_norm=10.0,
                     checkpointing=True, log_every=10, save_every=100),
 }
 
 BLURRED, GRAINY = 0.6, 1.2          # shares of the detail of HR at which verdicts speak of blur and of grain [ours]
 THROWN = 2.5                        # and, in any one line, of a student that is thrown about [ours: LOG.md]
-HEAD_CHANNELS = {"tiny": 64, "small": 128, "wan1.3b": 512}         # width of the discriminator head [ours]
 
 # ----------------------------------------------------------------------------
 # the maths of this stage
@@ -221,10 +220,10 @@ def passes(cfg):
 
 
 def check(cfg):
-    common.check_choices(cfg, model=tuple(M.MODELS), order=("joint", "sequential"), features=("both", "real", "fake"),
+    common.check_fields(cfg, model=tuple(M.MODELS), order=("joint", "sequential"), features=("both", "real", "fake"),
                          real_score=("cfg", "teacher"), fm_norm=("mse", "l1"), init=("stage1", "cfg"))
     if not set(cfg.streams) <= {"dmd", "gan", "mse"} or not cfg.streams:
-        raise SystemExit(f"streams {cfg.streams}: dmd, gan, or both; mse for comparison")
+        raise SystemExit(f"streams {cfg.streams!r}: a tuple of dmd, gan, or both; mse for comparison")
     if cfg.order == "sequential" and set(cfg.streams) != {"dmd", "gan"}:
         raise SystemExit("order sequential needs both streams")
     if not 0 <= cfg.t_min < cfg.t_max <= 1:
@@ -246,10 +245,12 @@ def main(cfg):
     source, which = f"{cfg.out}/stage1/last.pt", "student" if cfg.init == "stage1" else "cfg"
     student, vae, _ = M.load_checkpoint(source, which, device, cfg.model, finished=True)
     fake, _, _ = M.load_checkpoint(source, "cfg", device, cfg.model, finished=True)
-    real = M.load_checkpoint(M.teacher_file(cfg), "ema", device, cfg.model, finished=True)[0] \
-        if cfg.real_score == "teacher" else deepcopy(fake)
-    if cfg.real_score == "teacher" and M.read_checkpoint(source)["source"] != data.sha256(M.teacher_file(cfg)):
-        raise SystemExit(f"{M.teacher_file(cfg)}: not the teacher that stage I was made from; run stage1_pd.py again")
+    real = deepcopy(fake)
+    if cfg.real_score == "teacher":
+        teacher, stage1 = M.teacher_file(cfg), M.read_checkpoint(source)
+        if stage1["source"] != data.sha256(teacher):
+            raise SystemExit(f"{teacher}: not the teacher that stage I was made from; run stage1_pd.py again")
+        real = M.load_checkpoint(teacher, "ema", device, cfg.model, finished=True)[0]
     bank, clip = data.training_bank(cfg, rank, cfg.latents)
     if device.type == "cuda":
         M.halve(real)
@@ -260,7 +261,7 @@ def main(cfg):
     side = clip["crop"] // vae.stride // 2                              # tokens per row of a crop
     common.reseed(cfg.seed, "head")
     dim = real.head.head.in_features
-    head = M.RFSHead(dim, len(taps), HEAD_CHANNELS[cfg.model], (clip["window"], side, side),
+    head = M.RFSHead(dim, len(taps), cfg.head_channels, (clip["window"], side, side),
                      models=2 if cfg.features == "both" else 1, pooled=cfg.pooled).to(device)
     student.requires_grad_(True), fake.requires_grad_(True)
     # beta_1 = 0, as Self-Forcing; the head learns sooner with momentum (LOG.md, "why the head did not learn"). No
@@ -276,7 +277,7 @@ def main(cfg):
     student_ddp, fake_ddp, head_ddp = (common.parallel(net, world) for net in (student, fake, head))
     parts = world * cfg.accumulate
 
-    readers = {"both": (real, fake), "real": (real,), "fake": (fake,)}[cfg.features]     # whose features are read
+    backbones = {"both": (real, fake), "real": (real,), "fake": (fake,)}[cfg.features]
 
     def begin(step, k, part):
         """One part of the batch of update k: latents of HR and LR, and the noise that the student starts from."""
@@ -302,7 +303,7 @@ def main(cfg):
     @torch.no_grad()
     def features_of(z_t, t, z_lr):
         """What the head and L_FM see of HR: no gradient is wanted there."""
-        return [f for net in readers for f in score(net, z_t, t, z_lr)[1]]
+        return [f for net in backbones for f in score(net, z_t, t, z_lr)[1]]
 
     # the steps before 0 are the warm-up: auxiliary updates alone, until fake score and head know the student
     warmup = cfg.aux_warmup if scored(cfg) else 0
@@ -335,10 +336,10 @@ def main(cfg):
                         t_hr, eps_hr = (t, eps) if cfg.gan_same_noise else noise(z_hr, part)
                         f_hr = features_of(M.add_noise(z_hr, eps_hr, t_hr), t_hr, z_lr)
                         f_s = []
-                        if real in readers:
+                        if real in backbones:
                             with torch.no_grad():
                                 f_s += score(real, z_t, t, z_lr)[1]
-                        if fake in readers:
+                        if fake in backbones:
                             f_s += [f.detach() for f in f_fake]         # stop-gradient: only the head trains on it
                         with autocast:
                             logits = head_ddp([torch.cat(pair) for pair in zip(f_hr, f_s, strict=True)])
@@ -370,21 +371,21 @@ def main(cfg):
                 if scored(cfg):
                     t, eps = noise(z_0, part)
                     z_t = M.add_noise(z_0, eps, t)
-                    with torch.set_grad_enabled(gan and real in readers):   # DMD alone needs no gradient through them
+                    with torch.set_grad_enabled(gan and real in backbones):   # DMD alone needs no gradient through them
                         v_real, f_real = score(real, z_t, t, z_lr)
-                    with torch.set_grad_enabled(gan and fake in readers):
+                    with torch.set_grad_enabled(gan and fake in backbones):
                         v_fake, f_fake = score(fake, z_t, t, z_lr)
                     with torch.no_grad():
                         if cfg.real_score == "teacher":
                             with autocast:
                                 v_null = real(z_t, t, z_lr, M.prompt(z_t, M.AGAINST)).float()
-                            v_real = M.guide(v_real, v_null, cfg.real_w)
+                            v_real = M.guide(v_real, v_null, stage1["config"]["cfg_w"])
                         x_real, x_fake = M.to_x0(z_t, v_real, t), M.to_x0(z_t, v_fake, t)
                         g, keep = dmd_gradient(z_0, x_real, x_fake)
                 if "dmd" in active:
                     losses["dmd"] = cfg.w_dmd * dmd_loss(z_0, g, keep, cfg.dmd_half)
                 if gan:
-                    f_s = (f_real if real in readers else []) + (f_fake if fake in readers else [])
+                    f_s = (f_real if real in backbones else []) + (f_fake if fake in backbones else [])
                     f_hr = features_of(M.add_noise(z_hr, eps, t), t, z_lr)
                     with autocast:
                         losses["gan"] = cfg.w_gan * hinge_g(head(f_s).float())
@@ -447,7 +448,7 @@ def verdicts(out_dir, offsets=()):
              "the fake score equals the real one" if last["g_mean"] <= 0.1 else "spikes; lower lr")]
     if last["g_cosine"] < 0:
         words.append("DMD moves the student from the real score's x0 to the fake one's: a sign is flipped")
-    if not 0.5 < last["g_mean"] / max(last["g_want"], 1e-9) < 2:
+    if last["g_want"] > 1e-6 and not 0.5 < last["g_mean"] / last["g_want"] < 2:
         words.append(f"g is not normalised: (x_fake - x_real) / mean |z_0 - x_real| would be {last['g_want']:.2g}")
     if last["skipped"] > 0.05:
         words.append(f"{last['skipped']:.0%} of samples skipped as spikes: see the real score's x0")
@@ -467,7 +468,7 @@ def verdicts(out_dir, offsets=()):
         words.append(f"hinge L_D {last['d']:.2f}: " + ("the head has won; lower lr_head" if last["d"] < 0.3 else
                      "healthy" if last["d"] <= 1.95 else "the head has not learnt yet; raise aux_warmup" if warm > 1.95
                      else f"the student misleads the head, which had learnt ({warm:.2f} after the warm-up)"))
-        if last["pull_gan"] == 0 and last["d"] != 2:                    # at first the head is 0, and L_D exactly 2
+        if last["pull_gan"] == 0 and last["d"] != 2 and last["gan"]:    # at first the head is 0, and L_D exactly 2
             words.append("L_G does not reach the student: are the features detached?")
         if "pull_dmd" in last and last["pull_gan"] > last["pull_dmd"]:
             words.append("the GAN pulls harder than DMD: halve w_gan")

@@ -49,10 +49,10 @@ class Config:
     lora: int = 0                   # rank of the adapters that are trained alone; 0: all weights [VideoAlign: 64]
     checkpointing: bool = False     # keep the inputs of blocks alone and compute the rest twice: less memory
     dry_run: bool = False           # print what a step costs, in passes, FLOPs and memory, and stop
-    pairs: int = 24                 # times that candidates are made, clip after clip, then again [paper: 2,000 pairs]
+    pairs: int = 24                 # pairs made, clip after clip, then again with other noise [paper: 2,000]
     candidates: int = 4             # outputs per LR clip [not in the paper's summary]
     scorer: str = "proxy"           # "proxy", "dover", or "pyiqa:<metric>" [paper: DOVER]
-    margin: float = 0.5             # share of the pairs kept, those whose scores differ most [ours]
+    keep: float = 0.5               # share of the pairs kept, those whose scores differ most [ours]
     steps: int = 60                 # optimiser steps [paper: 1,000]
     lr: float = 2e-4                # learning rate [ours; 1e-5 moved nothing in 50 steps]
     dpo_t: str = "uniform"          # t ~ U(0, 1) [VideoAlign; the formula has a z_t]; "one": t = 1 [ours]
@@ -65,7 +65,7 @@ class Config:
     save_every: int = 20            # steps between checkpoints and panels
 
 
-PRESETS = {                         # the first one is the default
+PRESETS = {                         # the first one is the default; its values replace those above
     "tiny":  dict(),
     "small": dict(model="small", out="out/small", clips=4000, batch=8, pairs=400, candidates=6, steps=300, lr=2e-6,
                   alpha=0.25, save_every=100),
@@ -199,9 +199,11 @@ def show_pairs(path, pairs, vae, device):
 
 
 def check(cfg):
-    common.check_choices(cfg, model=tuple(M.MODELS), dpo_t=("one", "uniform"), beta_mode=("constant", "flow"))
+    common.check_fields(cfg, model=tuple(M.MODELS), dpo_t=("one", "uniform"), beta_mode=("constant", "flow"))
     if cfg.candidates < 2 or cfg.pairs < 1 or cfg.alpha <= 0 or cfg.lora < 0:
         raise SystemExit("candidates: at least 2; pairs: at least 1; alpha: above 0; lora: 0 or more")
+    if cfg.dpo_t == "one" and cfg.beta_mode == "flow":
+        raise SystemExit("beta_mode flow is 0 at t = 1: not with dpo_t one")
     if cfg.scorer not in ("proxy", "dover") and not cfg.scorer.startswith("pyiqa:"):
         raise SystemExit(f"scorer {cfg.scorer!r}: proxy, dover, or pyiqa:<metric>")
 
@@ -228,8 +230,8 @@ def main(cfg):
         M.LoRA(student, cfg.lora)
     trained = [p for p in student.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(trained, lr=cfg.lr, weight_decay=0)
-    # all that a pair depends on; the name of the bank is a hash of its clips' settings and files
-    stamp = repr([data.sha256(source), bank.path.name, cfg.candidates, cfg.scorer, cfg.seed])
+    # all that a pair depends on; the name of the bank is a hash of its clips' settings, files and code
+    stamp = repr([data.sha256(source), bank.path.name, cfg.candidates, cfg.scorer, common.code(metrics), cfg.seed])
     saved = dict(vae=vae, optimiser=optimiser, source=stamp) | \
         ({"lora": student.lora} if cfg.lora else {"student": student})
     start = common.continue_from(f"{out_dir}/last.pt", cfg, saved)
@@ -246,7 +248,7 @@ def main(cfg):
     common.barrier()
     pairs = [read_pair(path) for path in paths]
     order = sorted(range(cfg.pairs), key=lambda i: -pairs[i]["record"]["margin"])
-    order = order[:max(1, round(cfg.margin * cfg.pairs))]
+    order = order[:max(1, round(cfg.keep * cfg.pairs))]
     kept = [pairs[i] for i in order]
     if rank == 0 and (missing or not os.path.exists(f"{out_dir}/pairs.png")):
         records = [pair["record"] | {"kept": i in order} for i, pair in enumerate(pairs)]

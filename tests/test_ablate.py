@@ -238,7 +238,7 @@ def test_stages_trains_once_and_takes_the_rows_of_the_teacher(run):
     assert len({repr(about["seeds"]["0"]["a"]["psnr"]) for about in result["arms"].values()}) == 5
 
 
-def test_what_two_ablations_share_is_trained_once(run):
+def test_what_two_ablations_share_is_trained_once(run, monkeypatch):
     run("stages", "--seeds", "1")
     folder, calls = run("dpo", "--seeds", "1")                  # uniform with the anchor is the default
     assert calls == [(3, f"{key}-seed0") for key in list(ablate.ARMS["dpo"])[2:]]
@@ -247,6 +247,11 @@ def test_what_two_ablations_share_is_trained_once(run):
                                                               ((1, 0), (5, 0), (1, 1), (3, 1), (5, 1))]
     shutil.rmtree(folder.parent / "stages")                     # what was shared is trained again, where it is needed
     assert run("ratio", "--seeds", "1", "--no-stage3", "--resume")[1] == [(2, "aux3-seed0")]
+    code = common.code                                          # nothing is shared with arms of other code
+    monkeypatch.setattr(common, "code", lambda *modules: code(*modules) + "edited" * (stage2 in modules))
+    assert run("features", "--seeds", "1", "--no-stage3")[1] == [(2, f"{key}-seed0") for key in ablate.ARMS["features"]]
+    with pytest.raises(SystemExit, match="made with another stage2.code"):
+        run("ratio", "--seeds", "1", "--no-stage3", "--resume")
 
 
 def test_stage1_is_trained_first_and_stage3_can_be_left_out(run, tmp_path):
@@ -312,6 +317,13 @@ def test_what_is_better():
 def test_numbers_below_one_are_refused(option):
     with pytest.raises(SystemExit, match=f"{option}: at least 1"):
         ablate.arguments(["streams", f"--{option}", "0"])
+
+
+def test_a_mistyped_arm_is_told_before_any_is_trained(run, monkeypatch):
+    monkeypatch.setitem(ablate.ARMS["streams"], "regression", ablate.Arm("regression", dict(w_dmdd=2.0)))
+    monkeypatch.setattr(ablate, "train", lambda *args: pytest.fail("trained"))
+    with pytest.raises(SystemExit, match="arm 'regression': .*w_dmdd"):
+        run("streams", "--seeds", "1")
 
 
 def test_a_broken_checkpoint_is_named(tmp_path):

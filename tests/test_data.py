@@ -1,5 +1,6 @@
 """data.py: video in and out, the degradation step by step, clips, and the bank. Media are made on the spot."""
 import dataclasses
+import inspect
 import os
 from pathlib import Path
 
@@ -468,6 +469,31 @@ def test_batches_do_not_depend_on_ranks(bank):
     halves = [bank.batch(4 + 2 * rank, 2) for rank in range(2)]
     assert torch.equal(high, torch.cat([h for h, _ in halves])) and torch.equal(low, torch.cat([x for _, x in halves]))
     assert torch.equal(high[2], data.to_tensor(bank.crop(1, 0)[0])) and high.min() >= -1 and high.max() <= 1
+
+
+def test_an_edit_of_the_degradation_makes_other_clips(folder, tmp_path, monkeypatch):
+    """As a reader edits it: in the file. A comment makes none."""
+    names = []
+    for edit in ("", "    # why not\n", "    x = x * 0\n"):
+        source = Path(data.__file__).read_text()
+        end = "    return to_bytes(x)\n"
+        assert source.count(end) == 1
+        (tmp_path / "edited.py").write_text(source.replace(end, edit + end))
+        monkeypatch.setattr(inspect, "getsource", lambda m, of=inspect.getsource: (tmp_path / "edited.py").read_text()
+                            if m is data else of(m))
+        names.append(data.Bank(data.Clips(folder, 5, 32, NULL), 1, tmp_path, 32, progress=False).path)
+    assert names[0] == names[1] != names[2]
+
+
+@pytest.mark.parametrize("changes, words", [
+    (dict(frames=16), "frames 4k"), (dict(window=9), "window at most"), (dict(crop=100), "crop a multiple of 8"),
+    (dict(size=64), "crop at most size"), (dict(strength="x"), "strength one of light")])
+def test_clips_that_do_not_fit_are_refused(monkeypatch, changes, words):
+    monkeypatch.setitem(data.CLIPS, "tiny", data.CLIPS["tiny"] | changes)
+    with pytest.raises(SystemExit, match=words):
+        data.clip_row("tiny")
+    with pytest.raises(SystemExit, match="nano: add a row of CLIPS"):
+        data.clip_row("nano")
 
 
 def test_bank_is_made_once_and_for_these_settings(folder, tmp_path, monkeypatch):

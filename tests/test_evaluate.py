@@ -26,6 +26,11 @@ def write_clips(folder):
         media.write_video(folder / f"{name}.mkv", np.stack([wide[:, t:t + SIZE] for t in range(FRAMES)]), 24)
 
 
+def fake(step):
+    """As much of a checkpoint as evaluate.py itself reads."""
+    return {"stage": "stage1", "config": {"model": "tiny", "cfg_w": 0.7}, "step": step, "total": step, "vae": {}}
+
+
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     """A run folder with clips and stages 0, 1 and 3; the calls of the stand-in for infer.upscale."""
@@ -33,7 +38,7 @@ def run(tmp_path, monkeypatch):
     write_clips(tmp_path / "val")
     for n in (0, 1, 3):
         (tmp_path / f"out/stage{n}").mkdir(parents=True)
-        torch.save({"fake": n}, tmp_path / f"out/stage{n}/last.pt")
+        torch.save(fake(n), tmp_path / f"out/stage{n}/last.pt")
     calls = []
 
     def load(path, part, device):
@@ -63,7 +68,7 @@ def test_numbers_pages_and_cache(run, tmp_path, capsys):
     assert [result["rows"][r]["calls"] for r in ("bicubic", "teacher50", "teacher1", "stage1")] == [None, 12, 2, 1]
 
     # each row used its own checkpoint, part and steps
-    w = evaluate.Config().cfg_w
+    w = 0.7                                                     # that of stage I
     assert [c[2:4] for c in calls] == [(6, w)] * 2 + [(1, w)] * 2 + [(1, 0.0)] * 4
     assert [c[:2] for c in calls[::2]] == [("out/stage0/last.pt", "ema")] * 2 + [
         ("out/stage1/last.pt", "student"), ("out/stage3/last.pt", "student")]
@@ -104,7 +109,7 @@ def test_numbers_pages_and_cache(run, tmp_path, capsys):
     again = json.loads((tmp_path / "out/report/metrics.json").read_text())
     assert calls == [] and again["rows"] == result["rows"]
     # another checkpoint, another number of steps: only what depends on it
-    torch.save({"fake": 10}, "out/stage1/last.pt")
+    torch.save(fake(10), "out/stage1/last.pt")
     cfg.teacher_steps = 7
     evaluate.main(cfg)
     assert [c[2] for c in calls] == [7, 7, 1, 1] and calls[2][0] == "out/stage1/last.pt"

@@ -25,7 +25,7 @@ def shrunk(monkeypatch):
     row = dict(dim=32, layers=3, heads=2, ffn=64, text_dim=8, prompt_len=6, learned=False)
     monkeypatch.setitem(M.MODELS, "wan1.3b", row)
     monkeypatch.setitem(data.CLIPS, "wan1.3b", dict(frames=5, size=64, crop=64, window=2, strength="light"))
-    monkeypatch.setitem(stage2.HEAD_CHANNELS, "wan1.3b", 8)
+    monkeypatch.setitem(stage2.PRESETS, "wan1.3b", stage2.PRESETS["wan1.3b"] | {"head_channels": 8})
     monkeypatch.setattr(M, "WanVAE", functools.partial(M.WanVAE, **CODE))
     monkeypatch.setattr(common, "panel", lambda *args: None)
     M.WanVAE.stride = 8

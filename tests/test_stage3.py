@@ -119,7 +119,8 @@ def test_absent_scorers_are_one_line(monkeypatch):
 
 
 @pytest.mark.parametrize("changes, words", [(dict(dpo_t="two"), "one, uniform"), (dict(beta_mode="x"), "constant"),
-                                            (dict(candidates=1), "at least 2"), (dict(scorer="vmaf"), "proxy, dover")])
+                                            (dict(candidates=1), "at least 2"), (dict(scorer="vmaf"), "proxy, dover"),
+                                            (dict(dpo_t="one", beta_mode="flow"), "0 at t = 1")])
 def test_bad_constants_are_refused(changes, words):
     with pytest.raises(SystemExit, match=words):
         stage3.check(stage3.Config(**changes))

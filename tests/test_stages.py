@@ -386,7 +386,12 @@ def test_the_head_tells_hr_from_the_student_and_the_student_seeks_its_favour(cha
 
 
 def test_the_teacher_as_real_score_is_guided(chain, tmp_path, monkeypatch):
-    cfg = fork(chain, stage2, tmp_path, ["stage0", "stage1"], steps=1, aux_warmup=0, real_score="teacher", real_w=0.7)
+    cfg = fork(chain, stage2, tmp_path, ["stage0", "stage1"], steps=1, aux_warmup=0, real_score="teacher")
+    state = checkpoint(cfg, "stage1")
+    os.remove(tmp_path / "tiny" / "stage1")
+    os.makedirs(tmp_path / "tiny" / "stage1")
+    state["config"]["cfg_w"] = 0.7                              # the guidance is the one that stage I distilled
+    torch.save(state, tmp_path / "tiny" / "stage1" / "last.pt")
     teacher = M.load_checkpoint(f"{cfg.out}/stage0/last.pt", "ema")[0]
     conditions, one, noised, add, calls, guide = [], M.one_step, [], M.add_noise, [], M.guide
     monkeypatch.setattr(M, "one_step", lambda net, e, z_lr: (conditions.append(z_lr), one(net, e, z_lr))[1])
@@ -402,9 +407,7 @@ def test_the_teacher_as_real_score_is_guided(chain, tmp_path, monkeypatch):
     monkeypatch.setattr(M, "guide", spied)
     stage2.main(cfg)
     assert calls
-    state = checkpoint(cfg, "stage1")                           # of another teacher than stage I's it would be biased
-    os.remove(tmp_path / "tiny" / "stage1")
-    os.makedirs(tmp_path / "tiny" / "stage1")
+    # of another teacher than stage I's it would be biased
     torch.save(state | {"source": "another"}, tmp_path / "tiny" / "stage1" / "last.pt")
     shutil.rmtree(tmp_path / "tiny" / "stage2")
     with pytest.raises(SystemExit, match="not the teacher that stage I was made from"):
@@ -555,7 +558,7 @@ def test_a_run_from_another_checkpoint_is_not_continued(chain, tmp_path, footage
 @pytest.mark.parametrize("stage, k", [(stage0, 0), (stage1, 1), (stage2, 2), (stage3, 3)])
 def test_a_network_of_another_size_is_refused(chain, tmp_path, monkeypatch, stage, k):
     """It would train to the end under the wrong name, and only the next stage would notice."""
-    for row in (M.MODELS, data.CLIPS, stage2.HEAD_CHANNELS):
+    for row in (M.MODELS, data.CLIPS):
         monkeypatch.setitem(row, "small", row["tiny"])
     init = dict(init=f"{chain[stage0].out}/stage0/last.pt") if stage is stage0 else {}
     cfg = fork(chain, stage, tmp_path, [f"stage{n}" for n in range(k)], model="small", **init)
@@ -1027,7 +1030,16 @@ def test_stages_train_on_cached_latents(chain, tmp_path, footage, monkeypatch):
 @pytest.mark.parametrize("stage", [stage0, stage1, stage2, stage3])
 def test_a_step_of_no_passes_is_refused(chain, tmp_path, stage):
     cfg = fork(chain, stage, tmp_path, [], accumulate=0)
-    with pytest.raises(SystemExit, match="accumulate: at least 1"):
+    with pytest.raises(SystemExit, match="accumulate 0: at least 1"):
+        stage.main(cfg)
+
+
+@pytest.mark.parametrize("stage, field, value, words", [
+    (stage0, "steps", 0, "at least 1"), (stage1, "shift", 0.0, "above 0"),
+    (stage2, "aux_per_student", -1, "at least 0"), (stage2, "aux_warmup", -5, "at least 0"), (stage3, "seed", -1, "at least 0")])
+def test_numbers_that_no_run_can_have_are_refused(chain, tmp_path, stage, field, value, words):
+    cfg = fork(chain, stage, tmp_path, [], **{field: value})
+    with pytest.raises(SystemExit, match=f"{field} {value}: {words}"):
         stage.main(cfg)
 
 
