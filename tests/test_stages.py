@@ -752,7 +752,7 @@ def test_the_log_and_the_offsets_are_of_what_they_say(chain, tmp_path, monkeypat
 
 
 FINE2 = dict(g_mean=1.0, g_cosine=0.9, g_want=1.0, skipped=0.0, lag=0.9, detail=0.9, detail_real=0.9, d=1.5, diff=0.1,
-             pull_gan=1.0, pull_dmd=2.0)
+             pull_gan=1.0, pull_dmd=2.0, gan=-0.01)
 FINE3 = dict(accuracy=0.8, drift=0.01, winner_change=-0.01, loser_change=0.01, winner_error=0.3, loser_error=0.3)
 CASES2 = [
     (dict(), "healthy", "raise|lower|halve|flipped|grain"),
@@ -766,7 +766,8 @@ CASES2 = [
     (dict(d=0.2), "head has won; lower lr_head", "learnt"),
     (dict(d=1.97), "not learnt yet; raise aux_warmup", "has won|misleads"),
     (dict(d=1.97, d_warmup=1.8), "misleads the head, which had learnt (1.80 after", "raise aux_warmup"),
-    (dict(pull_gan=0.0), "features detached", "halve"),
+    (dict(pull_gan=0.0), "features detached", "halve"), (dict(pull_gan=0.0, gan=0.0), "healthy", "detached"),
+    (dict(g_want=0.0, g_mean=0.0), "equals the real one", "not normalised"),
     (dict(pull_gan=3.0), "halve w_gan", "detached")]
 CASES3 = [
     (dict(), "0.80, on the pairs it trains on: it learns", "raise|lower"),
@@ -1036,7 +1037,8 @@ def test_a_step_of_no_passes_is_refused(chain, tmp_path, stage):
 
 @pytest.mark.parametrize("stage, field, value, words", [
     (stage0, "steps", 0, "at least 1"), (stage1, "shift", 0.0, "above 0"),
-    (stage2, "aux_per_student", -1, "at least 0"), (stage2, "aux_warmup", -5, "at least 0"), (stage3, "seed", -1, "at least 0")])
+    (stage2, "aux_per_student", -1, "at least 0"), (stage2, "aux_warmup", -5, "at least 0"),
+    (stage3, "seed", -1, "at least 0")])
 def test_numbers_that_no_run_can_have_are_refused(chain, tmp_path, stage, field, value, words):
     cfg = fork(chain, stage, tmp_path, [], **{field: value})
     with pytest.raises(SystemExit, match=f"{field} {value}: {words}"):
