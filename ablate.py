@@ -13,8 +13,8 @@ Writes  <out>/ablate/NAME/: table.md; results.json (numbers per arm, seed and cl
         a picture per clip (LR, arms, HR; seed 0); clips/, the outputs, lossless; a run folder ARM-seedK/ for each arm.
 
 Differs from the paper: the joint row of its streams is its I + II + III row, and whether its other rows had stage III
-is not said; here all arms go through it alike, or with --no-stage3 none. Regression is DOVE's, no row of the paper. Its
-row of stages I + III, without II, is not run. streams-cfg is not in the paper: the streams from a student that has not
+is not said; here all arms go through it alike, or with --no-stage3 none. Regression is DOVE's, no row of the paper. The
+paper's row I + III is not run. streams-cfg is not in the paper: the streams from a student that has not
 been through progressive distillation.
 """
 import json
@@ -205,10 +205,9 @@ def tiles(model, frames, height, width):
     """How many tiles of training size a network sees of a clip of so many pixels, as infer.load cuts it."""
     clip, stride = data.CLIPS[model], M.vae_class(model).stride
     side = clip["crop"] // stride
-    share = min(4, side // 4 * 2)
     sizes = (frames - 1) // 4 + 1, height // stride, width // stride
     return math.prod(len(M.tile_starts(n, tile, overlap)) for n, tile, overlap in
-                     zip(sizes, (clip["window"], side, side), (0, share, share), strict=True))
+                     zip(sizes, (clip["window"], side, side), (0, 4, 4), strict=True))
 
 
 def work(n, cfg):

@@ -135,11 +135,6 @@ def matmul_rate(device, repeats):
 # what is measured
 
 
-def bf16(device):
-    """The autocast of the scripts: bf16 on a GPU, nothing on a CPU."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
-
-
 def dit(preset, device, repeats, rate, compiled=False):
     """Forward, and forward + backward, ours and diffusers', one after the other in each repeat."""
     try:
@@ -160,7 +155,7 @@ def dit(preset, device, repeats, rate, compiled=False):
     t, text = torch.full((B,), 0.7, device=device), torch.randn(B, size["prompt_len"], size["text_dim"], device=device)
 
     def ours(net):
-        with bf16(device):
+        with common.autocast(device):
             return net(z, t, z_lr, text)
 
     def theirs(ref):
@@ -207,7 +202,7 @@ def stage2(preset, device, repeats, rate):
     fake = deepcopy(student)
     real, average = (deepcopy(student).requires_grad_(False) for _ in range(2))
     if device.type == "cuda":
-        M.halve(real)
+        M.to_bf16(real)
     for net in (student, fake, real):
         net.checkpointing = cfg.checkpointing
     taps = M.tap_blocks(len(real.blocks))
@@ -225,16 +220,16 @@ def stage2(preset, device, repeats, rate):
     def work(part):
         def generate(z_lr):
             eps = latents()
-            with part("student, forward"), bf16(device):
+            with part("student, forward"), common.autocast(device):
                 return M.one_step(student, eps, z_lr)
 
         def score(net, z_t, t, z_lr):
-            with part("real score, forward" if net is real else "fake score, forward"), bf16(device):
+            with part("real score, forward" if net is real else "fake score, forward"), common.autocast(device):
                 v, features = net(z_t, t, z_lr, M.prompt(z_t), taps)
             return v.float(), features
 
         def logits(features):
-            with bf16(device):
+            with common.autocast(device):
                 return head(features).float()
 
         def step(*nets):
@@ -293,7 +288,7 @@ def inference(preset, device, repeats, rate, compiled=False):
         net = M.build(preset).requires_grad_(False)
     h, w = SIZES[preset]["inference"]
     if preset == "wan1.3b":
-        vae, velocity = M.WanVAE(MATMUL[device.type][1]).to(device), M.halve(net)
+        vae, velocity = M.WanVAE(MATMUL[device.type][1]).to(device), M.to_bf16(net)
     else:
         vae, clip = M.build_vae(preset).to(device).requires_grad_(False), data.CLIPS[preset]
         side = clip["crop"] // vae.stride
@@ -308,7 +303,7 @@ def inference(preset, device, repeats, rate, compiled=False):
     def work(part):
         with part("upsample and encode"):
             z_lr = vae.encode(data.upsample(lr, up))
-        with part("transformer, one step"), bf16(device):
+        with part("transformer, one step"), common.autocast(device):
             z = M.one_step(velocity, torch.randn_like(z_lr), z_lr)
         with part("decode"):
             vae.decode(z)

@@ -97,6 +97,11 @@ def setup():
     return rank, world, device
 
 
+def autocast(device):
+    """bf16 on a GPU; on a CPU fp32, as everywhere else."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
 def keep_memory():
     """Let glibc keep what is freed for what is needed next. By default it gives back arrays of a megabyte and more,
     and getting fresh pages from the kernel for every array costs a third of the time of upscaling a film."""
@@ -197,26 +202,26 @@ def put_state(path, state):
     os.replace(f"{path}.tmp", path)
 
 
-def save(path, cfg, stage, step, total, /, **parts):
+def save(path, cfg, stage, step, total, /, **saved):
     """Write {stage, config, step, total, samples, a state dict per part}."""
-    state = {k: p.state_dict() if hasattr(p, "state_dict") else p for k, p in parts.items()}
+    state = {k: p.state_dict() if hasattr(p, "state_dict") else p for k, p in saved.items()}
     put_state(path, {"stage": stage, "config": asdict(cfg), "step": step, "total": total, "samples": samples(cfg),
                      **state})
 
 
-def continue_from(path, cfg, parts):
-    """With cfg.resume, fill the parts from the checkpoint of the interrupted run. Returns its step, or 0.
+def continue_from(path, cfg, saved):
+    """With cfg.resume, fill what is saved from the checkpoint of the interrupted run. Returns its step, or 0.
 
-    A run made, as the part "source" says, from another checkpoint of the stage before is not continued, nor is one with
-    other constants (start_run): its numbers would belong to neither.
+    Refused: a run whose "source" is another checkpoint of the stage before, or (by start_run) one with other constants:
+    its numbers would belong to neither.
     """
     if not cfg.resume or not os.path.exists(path):
         return 0
     state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # cpu: else all ranks share GPU 0
-    if state.get("source", parts.get("source")) != parts.get("source"):
+    if state.get("source", saved.get("source")) != saved.get("source"):
         raise SystemExit(f"{path}: made from another checkpoint of the stage before, or from other clips; remove it to "
                          "start again, or name another --out")
-    for name, part in parts.items():
+    for name, part in saved.items():
         if name == "source":
             continue
         try:

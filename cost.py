@@ -81,10 +81,10 @@ def report(title, cfg, passes, clips=1):
     per_token = {kind: saved_bytes(cfg.model, kind, vars(cfg).get("lora", 0)) for kind in set(graphs)}
     block = [samples * tokens * per_token[kind] for kind in graphs]
     inputs = samples * tokens * 4 * row["dim"] * row["layers"]
-    kept = sum(inputs if again else row["layers"] * b for b in block) + again * max(block)
-    total["bytes"] += kept
+    activations = sum(inputs if again else row["layers"] * b for b in block) + again * max(block)
+    total["bytes"] += activations
     print(f"{'activations':15s}{'with' if again else 'without':>12s} checkpointing, {len(graphs)} graphs at once"
-          f"{kept / 1e9:29.2f}")
+          f"{activations / 1e9:29.2f}")
     print(f"{'total':15s}{'':33s}{total['forwards']:11d}{total['flops'] / 1e12:11,.2f}{total['bytes'] / 1e9:8.2f}\n")
     print("Not counted: the discriminator head, the CUDA context (1 GB), fragments (5 to 10 %), under torchrun with "
           "accumulate DDP's buckets (4 bytes a trained parameter of one network), the video code in the panels, and "

@@ -5,18 +5,21 @@ What is here, top to bottom:
   degradation      degrade(): RealBasicVSR (arXiv 2111.12704), config of ckkelvinchan/RealBasicVSR at b908e083;
                    its blur kernels are those of Real-ESRGAN (arXiv 2107.10833), appendix and code
   clips            Clips: windows of shots, and camera moves over photographs, each with its LR
-  the bank         Bank: clips degraded once and kept on disk, from which training batches are cut
+  the bank         Bank: clips degraded once and kept on disk, from which training batches are cut; LatentBank: the
+                   same, encoded as well
   python data.py prepare --film bbb.mp4 --stills DIR --out DIR   cuts the listed shots and photographs
   python data.py prepare --latents FILE --data DIR --model wan1.3b --vae DIR   degrades and encodes clips once
   python data.py prompts --encoder google/umt5-xxl --out prompts.safetensors   prompts of the real base, as tensors
 
-Everything random follows from (seed, epoch, index), never from a worker, a rank, or the order of calls.
-Shapes: F frames, H x W pixels of HR, h = H/4 and w = W/4 of LR. On disk and in the degradation frames come
-last in colour, (F, H, W, 3) uint8 (media.py reads and writes them); networks see (B, 3, F, H, W) float32 in [-1, 1].
+What a clip or a crop is follows from (seed, epoch, index) alone, never from a worker, a rank, or the order of calls;
+which latent frames of a batch are used (random_run) from torch's seed, which is set at every step.
+Shapes: F frames, H x W pixels of HR, h = H/4 and w = W/4 of LR. On disk and in the degradation the
+colour axis is last, (F, H, W, 3) uint8 (media.py reads and writes it); networks see (B, 3, F, H, W) float32 in [-1, 1].
 
 Differs from RealBasicVSR: (1) the bitrate of the codec is scaled with the number of pixels, so that big frames
 suffer as much as small ones; (2) the HR is not sharpened unless usm=True, since "real" must be real video;
-(3) "h264" and "libx264" of its list are one encoder here.
+(3) "h264" and "libx264" of its list are one encoder here; (4) the presets tiny and small use LIGHT, milder ranges of
+the same operations.
 """
 import hashlib
 import io

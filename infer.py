@@ -51,8 +51,8 @@ def blur(x, dilation):
 def wavelet_color(content, style):
     """Details of content, low frequencies of style: 5 levels, holes of 1, 2, 4, 8, 16 pixels (StableSR).
 
-    A blur is linear, so that of the difference is enough. Its levels of 1, 2 and 4 are done as a mean over 8 x 8
-    pixels, those of 8 and 16 on these means, a 40th of the work. H, W: multiples of 8.
+    low(style) - low(content) = low(style - content), so one pyramid is enough. Its levels of 1, 2 and 4 are done as a
+    mean over 8 x 8 pixels, those of 8 and 16 on these means, a 40th of the work. H, W: multiples of 8.
     """
     low = F.avg_pool2d(rearrange(style.float() - content, "B c F H W -> (B F) c H W"), 8)
     low = F.interpolate(blur(blur(low, 1), 2), scale_factor=8, mode="bilinear")
@@ -82,7 +82,7 @@ def load(ckpt, part, device, tile=0):
     if tile and hasattr(vae, "code"):                                   # of Wan: a whole frame takes the most memory
         vae.code.enable_tiling()
     side = max(2, (tile or clip["crop"]) // (2 * vae.stride) * 2)       # tokens are 2 x 2 latents
-    share = min(4, side // 4 * 2)
+    share = min(4, side // 4 * 2)                                       # less overlap where --tile is small
     return partial(upscale, M.tiled(net, (clip["window"], side, side), (0, share, share)), vae, clip["window"], device,
                    shift=info["config"].get("shift", 1.0))              # of the teacher's sampler, as it was distilled
 
@@ -111,7 +111,7 @@ def upscale(velocity, vae, window, device, lr, steps=1, w=0.0, seed=0, start=0, 
     video = F.pad(video, (0, -width % side, 0, -h % side, 0, 0), mode="replicate")
     up = data.upsample(video, (4 * video.shape[3], 4 * video.shape[4]))
     z_lr = vae.encode(up)
-    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+    with common.autocast(device):
         z = M.sample(velocity, noise(z_lr.shape, start, seed).to(device), z_lr, steps, shift, w)
     out = vae.draw_onto(up, z_lr, z)
     for k in range(count):                                              # frame by frame: it takes less memory

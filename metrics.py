@@ -412,7 +412,7 @@ def proxy_rank(candidates, lr):
       flicker         per spatial contrast, so that blur gains nothing; 1 = as the upsampled input
       lr_consistency  dB; no credit above LR_ENOUGH, where a candidate repeats the input's noise
     parts has these three and their z-scores z_niqe, z_flicker, z_lr_consistency, signed so that higher is
-    better; their sum is the score. Drop pairs whose margin is small or whose parts disagree.
+    better; their sum is the score.
     """
     h, w = candidates[0].shape[1:3]
     up = pixels(F.interpolate(planes(lr), (h, w), mode="bicubic"))

@@ -66,11 +66,6 @@ def to_x0(z_t, v, t):
     return z_t - bcast(t, z_t) * v
 
 
-def to_eps(z_t, v, t):
-    """The noise that velocity v at z_t comes from: eps = z_t + (1 - t) v."""
-    return z_t + (1 - bcast(t, z_t)) * v
-
-
 def linear_velocity(z_t, t, z_lr, variance):
     """E[v | z_t, z_lr] if z_0 - z_lr were white noise of this variance, (C,): what needs no network.
 
@@ -96,8 +91,8 @@ def time_grid(steps, shift=1.0):
 
 
 def guide(v_c, v_null, w):
-    """Classifier-free guidance, v_cfg = (1 + w) v(c) - w v(null), null the prompt AGAINST; equal branches return v(c)
-    for every w."""
+    """Classifier-free guidance, v_cfg = (1 + w) v(c) - w v(null), null the prompt AGAINST. Where both
+    branches are equal it is v(c) for every w."""
     return (1 + w) * v_c - w * v_null
 
 
@@ -268,7 +263,7 @@ class DiT(nn.Module):
         """
         context = self.prompts[text] if text.dtype == torch.long else text
         context = self.text_embedding(context)                          # (B, prompt_len, D); padding is attended to
-        with torch.autocast("cuda" if z.is_cuda else "cpu", enabled=False):     # time in fp32: it scales everything
+        with torch.autocast(z.device.type, enabled=False):         # time in fp32: it scales everything
             e = self.time_embedding(sinusoid(1000 * t))                 # (B, D)
             e0 = self.time_projection(e).unflatten(1, (6, -1))          # (B, 6, D)
         x = self.patch_embedding(torch.cat([z, z_lr], dim=1))           # (B, D, T, H/2, W/2)
@@ -283,7 +278,7 @@ class DiT(nn.Module):
                 x = block(x, e0, context, table)
             if i in taps:
                 features.append(x)
-        with torch.autocast("cuda" if z.is_cuda else "cpu", enabled=False):     # nor is the velocity rounded
+        with torch.autocast(z.device.type, enabled=False):     # nor is the velocity rounded
             v = self.head(x, e)
         v = rearrange(v, "B (T H W) (p q C) -> B C T (H p) (W q)", T=T, H=H, W=W, p=2, q=2)
         if self.residual is not None:
@@ -291,7 +286,7 @@ class DiT(nn.Module):
         return (v, features) if taps else v
 
 
-def halve(net):
+def to_bf16(net):
     """A frozen net with the linear layers of its blocks, nearly all of it, in bf16, as autocast computes anyway."""
     for module in net.blocks.modules():
         if isinstance(module, nn.Linear):
@@ -348,8 +343,8 @@ class RFSHead(nn.Module):
     dim: width D of one feature. taps: how many features there are of each model. grid: (T, H/2, W/2) token grid.
     models: 2 for real and fake, 1 for one of them. pooled: one logit per clip instead of one per patch (as DMD2).
     The last convolution starts at 0, so all logits start at 0 and the hinge loss at exactly 2. No normalisation between
-    its layers [ours: LOG.md]: over a clip it removes how strong a feature is there, by which the head first tells
-    HR from a student.
+    its layers [ours: LOG.md]: over a clip it would erase how strong a feature is there, which is what first tells HR
+    from a student.
     """
 
     def __init__(self, dim, taps, channels, grid, models=2, pooled=False):
@@ -362,7 +357,7 @@ class RFSHead(nn.Module):
             if size >= 4:                                               # halve the token grid, keep time
                 layers.append(nn.Conv3d(channels, channels, (3, 4, 4), stride=(1, 2, 2), padding=1))
                 size //= 2
-            else:                                                       # a 3 x 3 grid is left as it is
+            else:                                                       # a side under 4 is left as it is
                 layers.append(nn.Conv3d(channels, channels, 3, padding=1))
         layers.append(nn.LeakyReLU(0.2))
         if pooled:
@@ -373,7 +368,8 @@ class RFSHead(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def forward(self, features):
-        """features: list of (B, N, D), the real model's taps, then the fake's. Returns patch logits (B, T, y, x)."""
+        """features: list of (B, N, D), the real model's taps, then the fake's. Returns logits of patches, (B, T, y, x),
+        or, pooled, of clips, (B, 1, 1, 1)."""
         x = self.project(torch.cat([normalise(f) for f in features], dim=-1))   # depths and models differ in norm
         T, H, W = self.grid
         return self.layers(rearrange(x, "B (T H W) D -> B D T H W", T=T, H=H, W=W)).squeeze(1)
@@ -440,8 +436,8 @@ class PatchVAE(nn.Module):
     patches are first turned into each other (`lap`), and each latent draws a patch of 8 x 8 pixels that fades out: a
     lapped orthogonal transform (Malvar 1990; as a filter before the blocks, Tran, Liang and Tu 2003). The decoder turns
     a little further than the encoder did, which smooths the borders of what patches do not agree on.
-    Latents have mean square 1 over all channels; a channel's standard deviation is as the square root of that of its
-    pixels. `fit` must be called, or weights be loaded, before use.
+    Latents have mean square 1 over all channels; a channel's standard deviation goes as the square root of that of its
+    principal component. `fit` must be called, or weights be loaded, before use.
     """
     stride, channels = 4, 16
     angles = 0.5, 0.6   # radians, of the encoder and the decoder (JPEG XR: pi / 8): LOG.md, "patches that overlap"

@@ -12,8 +12,9 @@ Writes  out/<preset>/stage0/last.pt: net, ema (the teacher that stage I reads), 
         panel.png, loss.png.
 
 Differs from the paper: (1) trained from scratch, with a linear patch code in place of its video VAE, at the presets
-tiny and small; (2) two learned prompts, "high quality" and "low quality", in place of captions: clips that carry the
-second one are softened, so that classifier-free guidance has a direction (as SUPIR does with images).
+tiny and small; (2) three prompts, none, "high quality" and "low quality", learned at tiny and small, embeddings of UMT5
+at wan1.3b, in place of captions: clips that carry the last one are softened, so that classifier-free guidance has a
+direction (as SUPIR does with images); (3) tiny and small see a light degradation, LIGHT in data.py.
 """
 from copy import deepcopy
 from dataclasses import dataclass
@@ -149,7 +150,7 @@ def main(cfg):
     if rank == 0:
         common.start_run(out_dir, cfg)
     bank, clip = data.training_bank(cfg, rank, cfg.latents)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    autocast = common.autocast(device)
 
     # networks, then resume, then DDP: nothing is loaded into a wrapper
     net, vae = start_networks(cfg, bank, device)

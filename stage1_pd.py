@@ -137,7 +137,7 @@ def main(cfg):
     out_dir = f"{cfg.out}/stage1"
     if rank == 0:
         common.start_run(out_dir, cfg)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    autocast = common.autocast(device)
 
     # teacher: whom the student imitates now; student: trained; cfg_net: the student as CFG distillation left it
     source = M.teacher_file(cfg)

@@ -1,8 +1,10 @@
-"""Stage II: dual-stream distillation. A one-step student follows two teachers at once.
+"""Stage II: dual-stream distillation. A one-step student follows two streams of gradient at once.
 
 DMD moves the student's distribution towards the teacher's: a frozen "real" score model says where clean data lie, a
 "fake" one, trained along on the student's own outputs, says where the student's lie; their difference is the gradient.
 RFS-GAN moves it towards real video: a small convolutional head reads the features of both score models.
+Why both (the paper; README has what we found): DMD alone is bounded by its teacher and biased, since the real score has
+never seen a student's outputs and draws what they show off HR; the GAN sees real video, but alone is unstable.
 
     gradient of     student     fake        head        real        (-: takes no part)
     L_Diff          -           trains      -           -
@@ -113,8 +115,10 @@ def dmd_gradient(z_0, x_real, x_fake):
     """The DMD direction in z_0, normalised per sample: (x_fake - x_real) / mean |z_0 - x_real|, Eq. (8) of DMD.
 
     x_real, x_fake: (B, C, T, H, W) clean estimates of the two score models at the same z_t. Since x = z_t - t v this is
-    t (v_real - v_fake) over the normaliser: in velocities the sign turns. Returns (g, keep): keep (B,) is 0 for a
-    sample whose mean |g| exceeds 10 (a spike, not a direction) or is not finite.
+    t (v_real - v_fake) over the normaliser: in velocities the sign turns. From scores s = -(z_t - (1 - t) x) / t^2 it
+    comes so: the gradient of the KL divergence, E[(1 - t) (s_fake - s_real) dz_0/dtheta], is the mean of
+    ((1 - t) / t)^2 (x_fake - x_real) dz_0/dtheta, and the normaliser takes the place of that weight.
+    Returns (g, keep): keep (B,) is 0 for a sample whose mean |g| exceeds 10 (a spike, no direction) or is not finite.
     """
     axes = (1, 2, 3, 4)
     scale = (z_0 - x_real).abs().mean(dim=axes, keepdim=True).clamp_min(1e-5)
@@ -172,7 +176,7 @@ def spatial_offsets(predict, z_0, z_hr, vae, eps, times=(0.2, 0.5, 0.8)):
             videos = vae.decode(predict(M.add_noise(z, eps, t), t))
             offsets = [math.hypot(*metrics.shift(data.to_uint8(v), hr)) for v, hr in zip(videos, truth, strict=True)]
             offsets = [x for x in offsets if math.isfinite(x)]          # a crop without texture has none
-            row[name] = round(statistics.median(offsets), 3) if offsets else None   # outliers matched another texture
+            row[name] = round(statistics.median(offsets), 3) if offsets else None   # outliers locked on to another
         rows.append(row)
     return rows
 
@@ -238,7 +242,7 @@ def main(cfg):
     out_dir = f"{cfg.out}/stage2"
     if rank == 0:
         common.start_run(out_dir, cfg)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    autocast = common.autocast(device)
 
     # real: frozen score model; fake: trained score model, a multi-step model like real, from which it starts;
     # head: discriminator head on the features of both; average: of the student's weights, for use and never fed back
@@ -253,7 +257,7 @@ def main(cfg):
         real = M.load_checkpoint(teacher, "ema", device, cfg.model, finished=True)[0]
     bank, clip = data.training_bank(cfg, rank, cfg.latents)
     if device.type == "cuda":
-        M.halve(real)
+        M.to_bf16(real)
     average = deepcopy(student)
     for net in (student, fake, real):
         net.checkpointing = cfg.checkpointing
@@ -289,7 +293,9 @@ def main(cfg):
         return z_hr, z_lr, common.draw(torch.randn, z_lr.shape, part, parts, device)
 
     def noise(z, part):
-        """Score times and the noise that is added there: one t per clip, the same for DMD, GAN and L_Diff."""
+        """Score times and the noise that is added there: one t per clip, the same for DMD, GAN and L_Diff. Fresh noise:
+        with eps_in z_t would lie on the path that the student came along. HR gets the same, so that content alone
+        differs."""
         u = common.draw(torch.rand, (len(z),), part, parts, device)
         return (score_times(u, cfg.t_min, cfg.t_max, cfg.shift),
                 common.draw(torch.randn, z.shape, part, parts, device))
@@ -340,7 +346,7 @@ def main(cfg):
                             with torch.no_grad():
                                 f_s += score(real, z_t, t, z_lr)[1]
                         if fake in backbones:
-                            f_s += [f.detach() for f in f_fake]         # stop-gradient: only the head trains on it
+                            f_s += [f.detach() for f in f_fake]         # stop-gradient: fake serves no head
                         with autocast:
                             logits = head_ddp([torch.cat(pair) for pair in zip(f_hr, f_s, strict=True)])
                         loss_d = hinge_d(*logits.float().chunk(2))
@@ -375,7 +381,7 @@ def main(cfg):
                         v_real, f_real = score(real, z_t, t, z_lr)
                     with torch.set_grad_enabled(gan and fake in backbones):
                         v_fake, f_fake = score(fake, z_t, t, z_lr)
-                    with torch.no_grad():
+                    with torch.no_grad():                               # the KL gradient has no derivative of a score
                         if cfg.real_score == "teacher":
                             with autocast:
                                 v_null = real(z_t, t, z_lr, M.prompt(z_t, M.AGAINST)).float()
@@ -404,6 +410,7 @@ def main(cfg):
                            **{f"pull_{k}": v.norm() for k, v in pull.items()})
             if scored(cfg):
                 values |= dmd_health(z_0, x_real, x_fake, g, keep, pull.get("dmd", g))
+                # lag: fake's error on the student's outputs over real's; at 1 it has learnt nothing of the student
                 values |= dict(lag=(v_fake - (eps - z_0)).square().mean() / (v_real - (eps - z_0)).square().mean(),
                                detail_real=detail(x_real, z_lr, z_hr))
             if warm and head_trains:                                    # on the first line: what the head had learnt

@@ -10,11 +10,12 @@ Reads   out/<preset>/stage2/last.pt: student.
 Writes  out/<preset>/stage3/pairs/*.pt, the ranked pairs, used again if they are there; pairs.json, pairs.png show them;
         out/<preset>/stage3/last.pt: student, vae, and what --resume needs; log.jsonl, panel.png, loss.png.
 
-Differs from the paper: (1) the scorer is an offline proxy unless DOVER or a pyiqa metric is installed and named;
-(2) both members of a pair share fresh noise and its time, which is uniform, as the z_t of the formula suggests, though
-the student is only ever run at t = 1 (dpo_t = "one" trains there alone: LOG.md); (3) an anchor to the stage II student
-is added (anchor = 0: none): at t = 1 dpo_inside is linear in the student's output, and the loss falls for ever along
-winner - loser.
+Differs from the paper: (1) the scorer is an offline proxy unless DOVER or a pyiqa metric is installed and named: NIQE,
+flicker and consistency with LR, so these three are no independent evidence for what this stage does; (2) an anchor to
+the stage II student is added (anchor = 0: none): at t = 1 dpo_inside is linear in the student's output, and the loss
+falls for ever along winner - loser. Left open there and settled here: winner and loser share fresh noise and one time.
+With each candidate's own noise the reference makes both again at t = 1, and the gradient starts at 0. The time is
+uniform, as the z_t of the formula suggests, though the student only ever runs at t = 1 (dpo_t = "one": there alone).
 """
 import json
 import os
@@ -51,7 +52,7 @@ class Config:
     dry_run: bool = False           # print what a step costs, in passes, FLOPs and memory, and stop
     pairs: int = 24                 # pairs made, clip after clip, then again with other noise [paper: 2,000]
     candidates: int = 4             # outputs per LR clip [not in the paper's summary]
-    scorer: str = "proxy"           # "proxy", "dover", or "pyiqa:<metric>" [paper: DOVER]
+    scorer: str = "proxy"           # "proxy", "dover", "pyiqa:<metric>" [paper: DOVER]; the first alone looks at LR
     keep: float = 0.5               # share of the pairs kept, those whose scores differ most [ours]
     steps: int = 60                 # optimiser steps [paper: 1,000]
     lr: float = 2e-4                # learning rate [ours; 1e-5 moved nothing in 50 steps]
@@ -165,7 +166,7 @@ def make_pair(i, student, vae, bank, clip, cfg, scorer, device):
     up = data.upsample(data.to_tensor(lr)[None].to(device), hr.shape[1:3])
     z_lr = vae.encode(up)
     eps = torch.randn(cfg.candidates, *z_lr.shape[1:], device=device)
-    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+    with common.autocast(device):
         z = torch.cat([M.sample(velocity, e[None], z_lr, 1) for e in eps])
     scores = scorer([data.to_uint8(vae.draw_onto(up, z_lr, x[None])) for x in z], lr)  # infer.py's, before its colours
     best, worst, margin = rank_pair(scores)
@@ -216,7 +217,7 @@ def main(cfg):
     out_dir = f"{cfg.out}/stage3"
     if rank == 0:
         common.start_run(out_dir, cfg)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    autocast = common.autocast(device)
 
     # the student and its frozen reference: where it starts
     source = f"{cfg.out}/stage2/last.pt"

@@ -58,7 +58,7 @@ def test_checkpointing_gives_the_same_gradients():
 
 def test_half_a_frozen_net_is_what_autocast_makes_of_it():
     net, x = tiny_net(), inputs()
-    half = M.halve(copy.deepcopy(net))
+    half = M.to_bf16(copy.deepcopy(net))
     assert half.blocks[0].ffn[0].weight.dtype == torch.bfloat16 and half.head.head.weight.dtype == torch.float32
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(net(*x), half(*x))
