@@ -46,7 +46,7 @@ class Config:
     seed: int = 0                   # of weights, clips and noise
     steps: int = 5_500              # optimiser steps
     batch: int = 8                  # crops per process and pass
-    accumulate: int = 1             # passes whose gradients make one step
+    accumulate: int = 1             # passes whose gradients make one step; the last one is logged
     lr: float = 1e-3                # AdamW learning rate after warm-up [ours]
     warmup: int = 200               # steps from 0 to lr
     decay: float = 0.3              # last share of the steps, in which lr falls to 0

@@ -39,7 +39,7 @@ class Config:
     resume: bool = False            # continue from the last checkpoint
     seed: int = 0                   # of clips and noise
     batch: int = 4                  # crops per process and pass
-    accumulate: int = 1             # passes whose gradients make one step
+    accumulate: int = 1             # passes whose gradients make one step; the last one is logged
     latents: str = ""               # file of data.py prepare --latents, used instead of data; "": none
     checkpointing: bool = False     # keep the inputs of blocks alone and compute the rest twice: less memory
     dry_run: bool = False           # print what a step costs, in passes, FLOPs and memory, and stop

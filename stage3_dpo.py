@@ -46,7 +46,7 @@ class Config:
     resume: bool = False            # continue from the last checkpoint
     seed: int = 0                   # of clips and noise
     batch: int = 4                  # pairs per process and pass
-    accumulate: int = 1             # passes whose gradients make one step
+    accumulate: int = 1             # passes whose gradients make one step; the last one is logged
     lora: int = 0                   # rank of the adapters that are trained alone; 0: all weights [VideoAlign: 64]
     checkpointing: bool = False     # keep the inputs of blocks alone and compute the rest twice: less memory
     dry_run: bool = False           # print what a step costs, in passes, FLOPs and memory, and stop
