@@ -56,13 +56,26 @@ ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
         lambda grad, q, k, v, *rest, out_shape=None, **options: flop_counter.sdpa_backward_flop_count(grad, q, k, v),
 }
-PEAK = Counter()            # {part: bytes of GPU memory}, of timed runs: FlopCounterMode keeps more alive (LOG.md)
+PEAK = Counter()            # {part: bytes of GPU memory}, of timed runs
+
+
+class NoTracker:
+    """In place of FlopCounterMode's tracker of modules, whose hooks keep alive what checkpointing computes again."""
+    parents = {"Global"}
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
 
 
 @contextmanager
 def count(flops, name):
     """Add the FLOPs of a block to flops[name]."""
-    with flop_counter.FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
+    counter = flop_counter.FlopCounterMode(display=False, custom_mapping=ATTENTION)
+    counter.mod_tracker = NoTracker()
+    with counter:
         yield
     flops[name] += counter.get_total_flops()
 

@@ -748,16 +748,29 @@ def prepare_latents(path, folder, model, vae, count, seed=0, device="cpu", save_
     except (OSError, RuntimeError) as error:                # RuntimeError: torch.save's, of a folder it cannot write to
         raise SystemExit(f"{path}: cannot be written ({str(error).splitlines()[0]})") from None
     rows = np.memmap(path, np.float16, "r+" if Path(path).exists() else "w+", shape=(count, *about["shape"]))
-    for i in tqdm(range(about["done"], count), f"latents of {folder}", initial=about["done"], total=count):
+
+    def make(i):
         rng = np.random.default_rng([seed, i])
-        hr, lr = (to_tensor(v)[None].to(device) for v in cut(rng, clips.clip(0, i), clip["crop"]))
-        sigma = torch.tensor([SOFT[0] + SOFT[1] * rng.random()], device=device, dtype=torch.float32)
-        videos = (hr, upsample(lr, hr.shape[-2:]), soften(hr, sigma))
-        rows[i] = torch.cat([vae.encode(v) for v in videos]).half().cpu().numpy()
-        if (i + 1) % save_every == 0 or i + 1 == count:
-            rows.flush()
-            about["done"] = i + 1
-            note()
+        return *cut(rng, clips.clip(0, i), clip["crop"]), SOFT[0] + SOFT[1] * rng.random()
+
+    start, ahead = about["done"], 2 * os.cpu_count()        # clips are made ahead: degrading takes longer than a GPU
+    with ThreadPoolExecutor(os.cpu_count(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        jobs = [pool.submit(make, i) for i in range(start, min(start + ahead, count))]
+        try:
+            for i in tqdm(range(start, count), f"latents of {folder}", initial=start, total=count):
+                *pair, sigma = jobs.pop(0).result()
+                if i + ahead < count:
+                    jobs.append(pool.submit(make, i + ahead))
+                hr, lr = (to_tensor(v, device)[None] for v in pair)
+                videos = hr, upsample(lr, hr.shape[-2:]), soften(hr, torch.tensor([sigma], device=device).float())
+                rows[i] = torch.cat([vae.encode(v) for v in videos]).half().cpu().numpy()
+                if (i + 1) % save_every == 0 or i + 1 == count:
+                    rows.flush()
+                    about["done"] = i + 1
+                    note()
+        finally:
+            for job in jobs:
+                job.cancel()
 
 
 # ---------------------------------------------------------------------------------------------- prepare

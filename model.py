@@ -263,7 +263,7 @@ class DiT(nn.Module):
         """
         context = self.prompts[text] if text.dtype == torch.long else text
         context = self.text_embedding(context)                          # (B, prompt_len, D); padding is attended to
-        with torch.autocast(z.device.type, enabled=False):         # time in fp32: it scales everything
+        with torch.autocast("cuda" if z.is_cuda else "cpu", enabled=False):     # time in fp32: it scales everything
             e = self.time_embedding(sinusoid(1000 * t))                 # (B, D)
             e0 = self.time_projection(e).unflatten(1, (6, -1))          # (B, 6, D)
         x = self.patch_embedding(torch.cat([z, z_lr], dim=1))           # (B, D, T, H/2, W/2)
@@ -278,7 +278,7 @@ class DiT(nn.Module):
                 x = block(x, e0, context, table)
             if i in taps:
                 features.append(x)
-        with torch.autocast(z.device.type, enabled=False):     # nor is the velocity rounded
+        with torch.autocast("cuda" if z.is_cuda else "cpu", enabled=False):     # nor is the velocity rounded
             v = self.head(x, e)
         v = rearrange(v, "B (T H W) (p q C) -> B C T (H p) (W q)", T=T, H=H, W=W, p=2, q=2)
         if self.residual is not None:

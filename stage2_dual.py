@@ -327,7 +327,6 @@ def main(cfg):
         # 1) auxiliary updates: the fake score follows the student (L_Diff), the head tells it from HR (L_D)
         updates = 0 if not scored(cfg) else cfg.aux_per_student if step >= 0 else 1
         for k in range(updates):
-            opt_fake.zero_grad(), opt_head.zero_grad()
             for part in range(rank, parts, world):
                 z_hr, z_lr, eps_in = begin(step, k, part)
                 with torch.no_grad(), autocast:                         # L_Diff trains fake, L_D head: no other
@@ -354,6 +353,7 @@ def main(cfg):
             norm_fake = common.clip_and_step(opt_fake, fake, cfg.clip_norm)
             if head_trains:
                 common.clip_and_step(opt_head, head, cfg.clip_norm)
+            opt_fake.zero_grad(), opt_head.zero_grad()                  # now: the student's update needs the room
             values = dict(diff=loss_diff, grad_norm_fake=norm_fake) | (dict(d=loss_d) if head_trains else {})
         if step < 0:
             warm.append(loss_d.item())

@@ -85,7 +85,7 @@ def said(capsys, stage, argv):
 def test_dry_run_of_stage2_at_the_real_size(capsys, monkeypatch, side, window, forward, iteration, kept):
     """Nominally 30 forwards' worth an iteration, 36 with checkpointing. TFLOP of a forward, forwards' worth of FLOPs of
     an iteration, GB kept without checkpointing: counted once on other code, diffusers' model of the same size."""
-    monkeypatch.setitem(data.CLIPS, "wan1.3b", data.CLIPS["wan1.3b"] | dict(crop=side, window=window))
+    monkeypatch.setitem(data.CLIPS, "wan1.3b", data.CLIPS["wan1.3b"] | dict(size=side, crop=side, window=window))
     one = ["--preset", "wan1.3b", "--accumulate", "1"]
     plain, text = said(capsys, stage2, [*one, "--no-checkpointing"])
     tokens = window * side * side // 256
