@@ -1,4 +1,5 @@
 """The bench: what it counts is what closed forms say, and each command prints its lines."""
+import gc
 import re
 import shutil
 import statistics
@@ -193,3 +194,19 @@ def test_every_preset_has_sizes_that_fit():
         if name != "wan1.3b":                                           # that one is timed at the paper's sizes
             clip, stride = data.CLIPS[name], M.build_vae(name).stride
             assert sizes["stage2"][1:] == (clip["window"], clip["crop"] // stride, clip["crop"] // stride)
+
+
+def test_counting_keeps_no_activations_alive():
+    """What checkpointing computes again is freed while FLOPs are counted, too: at 1.3B it would fill a GPU."""
+    def alive():
+        gc.collect()
+        found = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in gc.get_objects()
+                 if type(x) in (torch.Tensor, torch.nn.Parameter)}
+        return sum(found.values())
+    net = M.build("tiny").requires_grad_(True)
+    net.checkpointing = True
+    z = torch.randn(1, 16, 3, 16, 16)
+    with bench.count(Counter(), "step"):
+        net(z, torch.ones(1), z, M.prompt(z)).sum().backward()
+        counting = alive()
+    assert counting < 1.05 * alive()
