@@ -247,9 +247,12 @@ def test_what_two_ablations_share_is_trained_once(run, monkeypatch):
                                                               ((1, 0), (5, 0), (1, 1), (3, 1), (5, 1))]
     shutil.rmtree(folder.parent / "stages")                     # what was shared is trained again, where it is needed
     assert run("ratio", "--seeds", "1", "--no-stage3", "--resume")[1] == [(2, "aux3-seed0")]
-    code = common.code                                          # nothing is shared with arms of other code
+    arm = folder.parent / "ratio/aux3-seed0"                    # nothing is shared with arms of other code
+    about, other = json.loads((arm / "arm.json").read_text()), folder.parent / "features/both-seed0"
+    assert ablate.twin(other, about, 2) == arm / "stage2"
+    assert ablate.twin(other, about | {"stage2.code": "edited"}, 2) is None
+    code = common.code
     monkeypatch.setattr(common, "code", lambda *modules: code(*modules) + "edited" * (stage2 in modules))
-    assert run("features", "--seeds", "1", "--no-stage3")[1] == [(2, f"{key}-seed0") for key in ablate.ARMS["features"]]
     with pytest.raises(SystemExit, match="made with another stage2.code"):
         run("ratio", "--seeds", "1", "--no-stage3", "--resume")
 

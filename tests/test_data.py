@@ -227,8 +227,10 @@ def test_lr_does_not_depend_on_the_number_of_threads(tmp_path):
     for threads in (1, 2):
         torch.set_num_threads(threads)
         try:
-            made.append([data.degrade(x, np.random.default_rng(seed), "realbasicvsr") for seed in range(4)])
-            banks.append(data.Bank(samples, 4, tmp_path / str(threads), 96, progress=False))
+            # these two did depend on it, on an Intel Xeon
+            made.append([data.degrade(x, np.random.default_rng(seed), name)
+                         for name, seed in (("light", 0), ("realbasicvsr", 2))])
+            banks.append(data.Bank(samples, 2, tmp_path / str(threads), 96, progress=False))
             assert torch.get_num_threads() == threads
         finally:
             torch.set_num_threads(1)
