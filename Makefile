@@ -1,4 +1,4 @@
-# make demo    stages I to III, shortened, from the teacher that ships, one clip upscaled, all measured (12 to 15 min, 2 cores)
+# make demo    stages I to III, shortened, from the teacher that ships, a clip upscaled, all measured (15 min, 2 cores)
 # make test    lint and every test (5 min, 2 cores)
 # make clean   remove what the demo wrote: stages I to III of out/tiny, the report, the clip
 
@@ -18,7 +18,7 @@ demo: .venv/ready
 
 test: .venv/ready-test
 	.venv/bin/ruff check .
-	$(RUN) -m pytest -q -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist loadfile
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv
