@@ -14,8 +14,8 @@ Writes  <out>/ablate/NAME/: table.md; results.json (numbers per arm, seed and cl
 
 Differs from the paper: the joint row of its streams is its I + II + III row, and whether its other rows had stage III
 is not said; here all arms go through it alike, or with --no-stage3 none. Regression is DOVE's, no row of the paper. The
-paper's row I + III is not run. streams-cfg is not in the paper: the streams from a student that has not
-been through progressive distillation.
+paper's row I + III is not run. streams-cfg is not in the paper: the streams from a student that has not been through
+progressive distillation.
 """
 import json
 import math

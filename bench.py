@@ -219,8 +219,7 @@ def stage2(preset, device, repeats, rate):
     for net in (student, fake, real):
         net.checkpointing = cfg.checkpointing
     taps = M.tap_blocks(len(real.blocks))
-    width = stage2_dual.Config(**stage2_dual.PRESETS[preset]).head_channels
-    head = M.RFSHead(real.head.head.in_features, len(taps), width, (T, H // 2, W // 2)).to(device)
+    head = M.RFSHead(real.head.head.in_features, len(taps), cfg.head_channels, (T, H // 2, W // 2)).to(device)
     optimisers = {net: torch.optim.AdamW(net.parameters(), lr=1e-6, betas=(0.0, 0.999), weight_decay=0)
                   for net in (student, fake, head)}
 

@@ -725,7 +725,7 @@ def read_latents_about(path):
 @torch.no_grad()
 def prepare_latents(path, folder, model, vae, count, seed=0, device="cpu", save_every=16):
     """Degrade and encode `count` clips of a folder of media into a file for LatentBank; goes on where it stopped."""
-    clip = CLIPS[model]
+    clip = clip_row(model)
     clips = Clips(folder, clip["frames"], clip["size"], clip["strength"], seed)
     side, T = clip["crop"] // vae.stride, (clip["frames"] - 1) // 4 + 1
     about = {"model": model, "shape": (3, vae.channels, T, side, side), "count": count, "done": 0,
