@@ -5,7 +5,7 @@
 
 Reads   the videos under --clips; <out>/stage0..3/last.pt; weights/ where a stage was not run (see sources).
         With --pred: videos, pictures, or folders of frames; GT/ and LQ/ folders as DOVE publishes them, too.
-Writes  <out>/report/metrics.json (numbers per frame, clip and row, and the stamp that says how they were made),
+Writes  <out>/report/metrics.json (numbers per clip and row, some per frame, and the stamp: how they were made),
         report.html (one file to open in a browser), panel.png, and clips/: every output as lossless video, used again
         as long as the checkpoint, the input, the settings and the code are the same.
 
