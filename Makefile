@@ -18,7 +18,7 @@ demo: .venv/ready
 
 test: .venv/ready-test
 	.venv/bin/ruff check .
-	$(RUN) -m pytest -q -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist loadfile
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv
