@@ -1,10 +1,9 @@
 """
-The degradation that makes low-resolution (LR) clips, and the training clips themselves.
+The training clips: what a stage sees, and how it is kept on disk.
 
 What is here, top to bottom:
-  degradation      degrade(): RealBasicVSR (arXiv 2111.12704), config of ckkelvinchan/RealBasicVSR at b908e083;
-                   its blur kernels are those of Real-ESRGAN (arXiv 2107.10833), appendix and code
-  clips            Clips: windows of shots, and camera moves over photographs, each with its LR
+  tensors          bytes to what networks see and back; LR enlarged
+  clips            Clips: windows of shots, and camera moves over photographs, each with its LR (degradation.py)
   the bank         Bank: clips degraded once and kept on disk, from which training batches are cut; LatentBank: the
                    same, encoded as well
   python data.py prepare --film bbb.mp4 --stills DIR --out DIR   cuts the listed shots and photographs
@@ -13,16 +12,10 @@ What is here, top to bottom:
 
 What a clip or a crop is follows from (seed, epoch, index) alone, never from a worker, a rank, or the order of calls;
 which latent frames of a batch are used (random_run) from torch's seed, which is set at every step.
-Shapes: F frames, H x W pixels of HR, h = H/4 and w = W/4 of LR. On disk and in the degradation the
-colour axis is last, (F, H, W, 3) uint8 (media.py reads and writes it); networks see (B, 3, F, H, W) float32 in [-1, 1].
-
-Differs from RealBasicVSR: (1) the bitrate of the codec is scaled with the number of pixels, so that big frames
-suffer as much as small ones; (2) the HR is not sharpened unless usm=True, since "real" must be real video;
-(3) "h264" and "libx264" of its list are one encoder here; (4) the presets tiny and small use LIGHT, milder ranges of
-the same operations.
+Shapes: F frames, H x W pixels of HR, h = H/4 and w = W/4 of LR. On disk the colour axis is last, (F, H, W, 3) uint8
+(media.py reads and writes it); networks see (B, 3, F, H, W) float32 in [-1, 1].
 """
 import hashlib
-import io
 import json
 import math
 import os
@@ -30,8 +23,7 @@ import sys
 import uuid
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
@@ -44,10 +36,10 @@ from PIL import Image
 from tqdm import tqdm
 
 import common
+import degradation
 import media
 import model as M
-
-SCALE = 4           # HR is 4 times as wide as LR, as in the paper
+from degradation import SCALE
 
 # ---------------------------------------------------------------------------------------------- tensors
 
@@ -70,261 +62,6 @@ def upsample(lr, size):
     b = lr.shape[0]
     x = F.interpolate(rearrange(lr, "B C F h w -> (B F) C h w"), size=tuple(size), mode="bicubic", align_corners=False)
     return rearrange(x.clamp_(-1, 1), "(B F) C H W -> B C F H W", B=b)
-
-
-# ---------------------------------------------------------------------------------------------- degradation
-
-
-@dataclass(frozen=True)
-class Strength:
-    """Ranges of the degradation; the defaults are RealBasicVSR's. Pairs ((..), (..)): first and second round."""
-    blur_prob: tuple = (1.0, 0.8)
-    kernel: tuple = (7, 21)                                     # odd sizes, both ends included
-    sigma: tuple = ((0.2, 3.0), (0.2, 1.5))                     # px
-    resize_prob: tuple = ((0.2, 0.7, 0.1), (0.3, 0.4, 0.3))     # up, down, keep
-    resize_scale: tuple = ((0.15, 1.5), (0.3, 1.2))
-    resize_step: tuple = (0.015, 0.03)                          # per frame, like all steps
-    noise_prob: tuple = (1.0, 1.0)
-    gaussian: tuple = ((1.0, 30.0), (1.0, 25.0))                # sigma, in levels of 255; step 0.1
-    poisson: tuple = ((0.05, 3.0), (0.05, 2.5))                 # scale; step 0.005
-    gray_prob: float = 0.4                                      # the same noise in all three colours
-    jpeg_prob: tuple = (1.0, 1.0)
-    jpeg: tuple = (30, 95)                                      # quality; step 3
-    video_prob: tuple = (1.0, 1.0)
-    bitrate: tuple = (1e4, 1e5)                                 # bits per frame of 256 x 256
-    sinc_prob: float = 0.8                                      # after the final resize
-    sinc_cutoff: float = math.pi / 3                            # its lowest cut-off; pi is none
-    usm: bool = False                                           # sharpen the HR first
-
-
-REALBASICVSR = Strength()
-# the same operations in the same order, milder: for small networks that shall see something left to restore [ours]
-LIGHT = Strength(kernel=(7, 11), sigma=((0.2, 1.2), (0.2, 0.8)),
-                 resize_scale=((0.8, 1.2), (0.8, 1.2)), noise_prob=(0.5, 0.5),
-                 gaussian=((0.0, 6.0), (0.0, 4.0)), poisson=((0.01, 0.3), (0.01, 0.3)),
-                 jpeg_prob=(0.5, 0.5), jpeg=(70, 95), video_prob=(0.5, 0.5), bitrate=(6e4, 6e5),
-                 sinc_cutoff=2 * math.pi / 3)
-STRENGTHS = {"light": LIGHT, "realbasicvsr": REALBASICVSR}
-
-KERNELS = {"iso": 0.405, "aniso": 0.225, "generalized_iso": 0.108, "generalized_aniso": 0.027,
-           "plateau_iso": 0.108, "plateau_aniso": 0.027, "sinc": 0.1}
-
-
-def walk(rng, bounds, step, n, first=None):
-    """A parameter over n frames: drawn once, then a step of at most +-step per frame, kept in bounds; (n,)."""
-    low, high = bounds
-    values = [rng.uniform(low, high) if first is None else first]
-    for move in rng.uniform(-step, step, n - 1):
-        values.append(min(max(values[-1] + move, low), high))
-    return np.array(values)
-
-
-def gaussian_kernels(size, sigma_x, sigma_y, angle, beta, plateau=False):
-    """(generalised) Gaussian exp(-q^beta / 2) or plateau 1 / (1 + q^beta), q = x^T Sigma^-1 x; (n, size, size)."""
-    r = np.arange(size) - size // 2
-    x, y = np.meshgrid(r, r)
-    c, s, col = np.cos(angle), np.sin(angle), (slice(None), None, None)
-    u, v = c[col] * x + s[col] * y, -s[col] * x + c[col] * y
-    q = ((u / sigma_x[col]) ** 2 + (v / sigma_y[col]) ** 2) ** beta[col]
-    kernel = 1 / (1 + q) if plateau else np.exp(-0.5 * q)
-    return kernel / kernel.sum((1, 2), keepdims=True)
-
-
-def sinc_kernels(size, omega):
-    """The ideal circular low-pass with cutoff omega (pi: none): omega J1(omega r) / (2 pi r); (n, size, size)."""
-    r = np.arange(size) - size // 2
-    r = np.hypot(*np.meshgrid(r, r))[None]
-    omega = omega[:, None, None]
-    bessel = torch.special.bessel_j1(torch.from_numpy(omega * r)).numpy()
-    kernel = omega * bessel / (2 * np.pi * np.maximum(r, 1e-9))
-    kernel = np.where(r == 0, omega ** 2 / (4 * np.pi), kernel)         # the limit at r = 0
-    return kernel / kernel.sum((1, 2), keepdims=True)
-
-
-def random_kernels(rng, n, sizes, sigma, kinds=KERNELS):
-    """One kind and one size for the whole clip, parameters that drift over its n frames; (n, k, k)."""
-    kind = rng.choice(list(kinds), p=np.array(list(kinds.values())) / sum(kinds.values()))
-    size = int(rng.choice(np.arange(sizes[0], sizes[1] + 1, 2)))
-    if kind == "sinc":
-        return sinc_kernels(size, walk(rng, (np.pi / (3 if size < 13 else 5), np.pi), 0.0628, n))
-    sigma_x = walk(rng, sigma, 0.02, n)
-    sigma_y = walk(rng, sigma, 0.02, n) if "aniso" in kind else sigma_x
-    angle = walk(rng, (-np.pi, np.pi), 0.31416, n)
-    beta = np.ones(n)
-    if "generalized" in kind or "plateau" in kind:
-        bounds, step = ((1.0, 2.0), 0.1) if "plateau" in kind else ((0.5, 4.0), 0.05)
-        # as often below 1 (heavy tails) as above, which uniform in the range would not be
-        part = (bounds[0], 1.0) if rng.random() < 0.5 else (1.0, bounds[1])
-        beta = walk(rng, bounds, step, n, first=rng.uniform(*part))
-    return gaussian_kernels(size, sigma_x, sigma_y, angle, beta, plateau="plateau" in kind)
-
-
-def blur(x, kernels):
-    """Filter frame i of x (n, 3, H, W) with kernels[i]; borders are mirrored."""
-    n, c, h, w = x.shape
-    k = torch.from_numpy(np.ascontiguousarray(kernels, np.float32))
-    pad = k.shape[-1] // 2
-    x = F.pad(x, [pad] * 4, mode="reflect" if pad < min(h, w) else "replicate")
-    out = F.conv2d(rearrange(x, "n c h w -> c n h w"), k[:, None], groups=n)     # one group per frame
-    return rearrange(out, "c n h w -> n c h w")
-
-
-@lru_cache(256)
-def area_matrix(n_in, n_out):
-    """(n_out, n_in) weights: output i is the mean of the input over [i, i + 1) * n_in / n_out."""
-    edges = torch.arange(n_out + 1, dtype=torch.float64) * n_in / n_out
-    pixel = torch.arange(n_in, dtype=torch.float64)
-    cover = torch.minimum(edges[1:, None], pixel + 1) - torch.maximum(edges[:-1, None], pixel)
-    return (cover.clamp(min=0) * n_out / n_in).float()
-
-
-def resize(x, size, mode):
-    """(n, 3, H, W) -> (n, 3, *size); bilinear, bicubic (no antialias) and area as OpenCV defines them."""
-    if tuple(x.shape[-2:]) == tuple(size):
-        return x
-    if mode == "area" and size[0] <= x.shape[-2] and size[1] <= x.shape[-1]:
-        return area_matrix(x.shape[-2], size[0]) @ x @ area_matrix(x.shape[-1], size[1]).T
-    mode = "bilinear" if mode == "area" else mode                # so does OpenCV when it enlarges
-    return F.interpolate(x, size=tuple(size), mode=mode, align_corners=False)
-
-
-def random_resize(rng, x, prob, bounds, step):
-    """Each frame to a size that drifts, then all to the size of the first; sizes are even, for 4:2:0 video."""
-    mode = rng.choice(["bilinear", "area", "bicubic"])
-    way = rng.choice(["up", "down", "keep"], p=prob)
-    first = {"up": rng.uniform(1, bounds[1]), "down": rng.uniform(bounds[0], 1), "keep": 1.0}[way]
-    h, w = x.shape[-2:]
-    sizes = [tuple(max(2, 2 * int(side * s / 2)) for side in (h, w)) for s in walk(rng, bounds, step, len(x), first)]
-    return torch.cat([resize(resize(f[None], s, mode), sizes[0], mode) for f, s in zip(x, sizes, strict=True)])
-
-
-def gaussian_noise(rng, x, sigma, gray):
-    """Add noise of sigma[i] (of 1) to frame i."""
-    n, c, h, w = x.shape
-    noise = rng.standard_normal((n, 1 if gray else c, h, w), dtype=np.float32)
-    return x + torch.from_numpy(noise) * torch.from_numpy(sigma).float()[:, None, None, None]
-
-
-def poisson_noise(rng, x, scale, gray):
-    """Add scale[i] times shot noise to frame i, which must be in [0, 1]: on 0-255 it would be 16 times weaker."""
-    noisy = []
-    for frame, s in zip(x, scale, strict=True):
-        clean = frame
-        if gray:
-            clean = (frame * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(0, keepdim=True)
-        clean = (clean * 255).round().clamp(0, 255).byte().numpy()
-        levels = 2.0 ** math.ceil(math.log2(np.count_nonzero(np.bincount(clean.ravel(), minlength=256))))
-        clean = clean / np.float32(255)
-        shot = rng.poisson(clean * levels) / levels - clean
-        noisy.append(frame + torch.from_numpy((s * shot).astype(np.float32)))
-    return torch.stack(noisy)
-
-
-def random_noise(rng, x, gaussian, poisson, gray_prob):
-    """Gaussian or Poisson noise, evenly; fresh in each frame, of a strength that drifts."""
-    kind, gray = rng.choice(["gaussian", "poisson"]), rng.random() < gray_prob
-    if kind == "gaussian":
-        return gaussian_noise(rng, x, walk(rng, gaussian, 0.1, len(x)) / 255, gray)
-    return poisson_noise(rng, x, walk(rng, poisson, 0.005, len(x)), gray)
-
-
-def to_bytes(x):
-    """(n, 3, H, W) in [0, 1] -> uint8 (n, H, W, 3)."""
-    return (x * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).contiguous().numpy()
-
-
-def from_bytes(frames):
-    """uint8 (n, H, W, 3) -> (n, 3, H, W) in [0, 1]."""
-    return torch.from_numpy(np.array(frames)).permute(0, 3, 1, 2).float().div(255).contiguous()
-
-
-def jpeg(x, quality):
-    """Frame i through JPEG of quality[i]."""
-    out = []
-    for frame, q in zip(to_bytes(x), quality, strict=True):
-        file = io.BytesIO()
-        Image.fromarray(frame).save(file, "JPEG", quality=int(round(q)))     # RGB in, 4:2:0 chroma as in OpenCV
-        out.append(np.array(Image.open(file)))
-    return from_bytes(np.stack(out))
-
-
-def video_codec(x, codec, bitrate):
-    """The clip through a video encoder and back; bitrate is in bits per frame.
-
-    The stream runs at 1 frame per second, as RealBasicVSR opens it, so bits per second are bits per frame. FFmpeg
-    drains the encoder when its input ends: as many frames come out as went in, none of them late. libx264 counts in
-    thousands of bits, hence the lower bound.
-    """
-    n, _, h, w = x.shape
-    frames = to_bytes(F.pad(x, [0, w % 2, 0, h % 2], mode="replicate"))      # 4:2:0 needs even sides
-    raw, one = ["-f", "rawvideo", "-pix_fmt", "rgb24"], ["-threads", "1"]
-    source = [*raw, "-s", f"{frames.shape[2]}x{frames.shape[1]}", "-framerate", "1", "-i", "-"]
-    encoder = ["-c:v", codec, "-b:v", max(int(bitrate), 1000), "-pix_fmt", "yuv420p", "-f", "nut", "-"]
-    stream = media.ffmpeg([*source, *one, *encoder], frames.tobytes())
-    out = media.ffmpeg([*one, "-f", "nut", "-i", "-", "-fps_mode", "passthrough", *raw, "-"], stream)
-    return from_bytes(np.frombuffer(out, np.uint8).reshape(frames.shape)[:, :h, :w])
-
-
-def random_video_codec(rng, x, bitrate):
-    """RealBasicVSR picks among libx264, h264 and mpeg4; the first two are one encoder."""
-    codec = rng.choice(["libx264", "libx264", "mpeg4"])
-    # differs: RealBasicVSR's bitrates suit its frames of about 256 x 256; scaled to the size at hand
-    return video_codec(x, codec, rng.uniform(*bitrate) * x.shape[-2] * x.shape[-1] / 256 ** 2)
-
-
-def sharpen(x):
-    """Unsharp masking of Real-ESRGAN: kernel 51, sigma 8, weight 0.5, only where it changes over 10 levels."""
-    eight = np.full(len(x), 8.0)
-    kernels = gaussian_kernels(51, eight, eight, 0 * eight, np.ones(len(x)))
-    residue = x - blur(x, kernels)
-    mask = blur((residue.abs() * 255 > 10).float(), kernels)
-    return x + mask * ((x + 0.5 * residue).clamp(0, 1) - x)
-
-
-@contextmanager
-def one_thread():
-    """Torch on one thread. Several add up in another order, and a codec makes levels of what that rounds otherwise."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-@one_thread()
-def degrade(hr, rng, strength):
-    """HR float32 (F, H, W, 3) in [0, 1] -> LR uint8 (F, H/4, W/4, 3), by the list of RealBasicVSR, top to bottom.
-
-    rng: numpy Generator. strength: a Strength or its name. Parameters are drawn once per clip and drift per frame;
-    discrete choices (kernel and its size, interpolation, kind of noise, codec) hold for the clip.
-    """
-    s = STRENGTHS.get(strength, strength)
-    n, h, w, _ = hr.shape
-    if h % SCALE or w % SCALE:
-        raise ValueError(f"HR of {w}x{h} does not divide by {SCALE}: crop it first")
-    x = torch.from_numpy(np.array(hr, np.float32)).permute(0, 3, 1, 2).contiguous()
-    if s.usm:
-        x = sharpen(x)
-    for i in (0, 1):
-        if rng.random() < s.blur_prob[i]:
-            x = blur(x, random_kernels(rng, n, s.kernel, s.sigma[i]))
-        x = random_resize(rng, x, s.resize_prob[i], s.resize_scale[i], s.resize_step[i])
-        if rng.random() < s.noise_prob[i]:
-            x = random_noise(rng, x, s.gaussian[i], s.poisson[i], s.gray_prob)
-        if rng.random() < s.jpeg_prob[i]:
-            x = jpeg(x, walk(rng, s.jpeg, 3, n))
-        if i == 0 and rng.random() < s.video_prob[0]:
-            x = random_video_codec(rng, x, s.bitrate)
-    for step in rng.permutation(["codec", "resize"]):                   # the last two, in random order
-        if step == "codec" and rng.random() < s.video_prob[1]:
-            x = random_video_codec(rng, x, s.bitrate)
-        if step == "resize":
-            x = resize(x, (h // SCALE, w // SCALE), rng.choice(["bilinear", "area", "bicubic"]))
-            if rng.random() < s.sinc_prob:
-                k = rng.choice(np.arange(s.kernel[0], s.kernel[1] + 1, 2))
-                x = blur(x, sinc_kernels(int(k), walk(rng, (s.sinc_cutoff, np.pi), 0.0628, n)))
-    return to_bytes(x)
 
 
 # ---------------------------------------------------------------------------------------------- training clips
@@ -427,7 +164,7 @@ class Clips:
         if size % (2 * SCALE):
             raise ValueError(f"clips of {size} px: take a multiple of {2 * SCALE}, so that LR sides are even")
         self.folder, self.frames, self.size, self.seed = Path(folder), frames, size, seed
-        self.strength = STRENGTHS.get(strength, strength)
+        self.strength = degradation.STRENGTHS.get(strength, strength)
         self.shots, self.photos, self.skipped = [], [], []       # shots: (path, start, end)
         self.load = lru_cache(32)(media.read_image)
         if not self.folder.is_dir():
@@ -470,7 +207,7 @@ class Clips:
         """What the pixels of a clip are made from: code, seed, degradation, and name, size and time of every file."""
         files = sorted({p for p, _, _ in self.shots} | set(self.photos))
         files = [(str(p.relative_to(self.folder)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
-        return [common.code(sys.modules[__name__], media), self.seed, asdict(self.strength), files]
+        return [common.code(sys.modules[__name__], degradation, media), self.seed, asdict(self.strength), files]
 
     def __len__(self):
         """Clips that do not overlap in time, and one for each photograph; any index is valid, though."""
@@ -489,12 +226,12 @@ class Clips:
         y, x = pick(rng, places, lambda p: texture(video[0, p[0]:p[0] + self.size, p[1]:p[1] + self.size]))
         return video[:, y:y + self.size, x:x + self.size]
 
-    @one_thread()
+    @degradation.one_thread()
     def clip(self, epoch, index):
         """(HR uint8 (F, size, size, 3), LR uint8 (F, size/4, size/4, 3))."""
         rng = np.random.default_rng([self.seed, epoch, index])
         hr = np.ascontiguousarray(self.hr(rng))
-        return hr, degrade(hr / np.float32(255), rng, self.strength)
+        return hr, degradation.degrade(hr / np.float32(255), rng, self.strength)
 
 
 def shuffled(seed, n, epoch):
@@ -540,7 +277,7 @@ class Bank:
 
             def make(i):
                 rows[i] = np.concatenate([x.ravel() for x in clips.clip(epoch, i)])
-            with one_thread(), ThreadPoolExecutor(os.cpu_count()) as pool:          # the workers start with one, too
+            with degradation.one_thread(), ThreadPoolExecutor(os.cpu_count()) as pool:  # workers start with one, too
                 jobs = pool.map(make, range(self.n))
                 list(tqdm(jobs, f"clips of {clips.folder}", self.n, disable=not progress))
             rows.flush()
@@ -603,8 +340,8 @@ def clip_row(model):
         raise SystemExit(f"CLIPS of {model}: frames 4k + 1, window at most k + 1")
     if row["crop"] % tokens or row["size"] % (2 * SCALE) or not 0 < row["crop"] <= row["size"]:
         raise SystemExit(f"CLIPS of {model}: crop a multiple of {tokens}, size of {2 * SCALE}, crop at most size")
-    if row["strength"] not in STRENGTHS:
-        raise SystemExit(f"CLIPS of {model}: strength one of {', '.join(STRENGTHS)}")
+    if row["strength"] not in degradation.STRENGTHS:
+        raise SystemExit(f"CLIPS of {model}: strength one of {', '.join(degradation.STRENGTHS)}")
     return row
 
 

@@ -34,6 +34,7 @@ from tqdm import tqdm
 
 import common
 import data
+import degradation
 import infer
 import media
 import metrics
@@ -50,7 +51,7 @@ class Config:
     clips: str = "samples/val"      # folder of videos that no stage has trained on
     frames: int = 17                # first frames of each clip, 4k + 1
     max_clips: int = 4              # clips used, spread over the sorted folder
-    strength: str = "light"         # degradation that makes the input: a name in data.STRENGTHS
+    strength: str = "light"         # degradation that makes the input: a name in degradation.STRENGTHS
     teacher_steps: int = 50         # Euler steps of the multi-step teacher
     cfg_w: float = -1.0             # its guidance, 0: none, one call a step; -1: stage I's, 0.5 for weights that ship
     seed: int = 0                   # of the degradation and of the noise
@@ -138,8 +139,8 @@ def read_clips(cfg):
     """The clips, as a list of dicts: name, fps, hr (F, H, W, 3), lr (F, H/4, W/4, 3), both uint8."""
     if cfg.frames % 4 != 1:
         raise SystemExit(f"--frames {cfg.frames}: take 4k + 1, such as {cfg.frames // 4 * 4 + 1}")
-    if cfg.strength not in data.STRENGTHS:
-        raise SystemExit(f"--strength {cfg.strength}: one of {', '.join(data.STRENGTHS)}")
+    if cfg.strength not in degradation.STRENGTHS:
+        raise SystemExit(f"--strength {cfg.strength}: one of {', '.join(degradation.STRENGTHS)}")
     folder = Path(cfg.clips)
     paths = sorted(p for p in folder.glob("*") if p.suffix.lower() in media.VIDEOS and p.name[0] != ".")
     if not paths:
@@ -156,7 +157,7 @@ def read_clips(cfg):
             raise SystemExit(f"{path}: {len(hr)} frames of {hr.shape[2]}x{hr.shape[1]}; needed are {cfg.frames} "
                              "(--frames) of at least 16x16")
         hr = np.ascontiguousarray(hr[:, :H, :W])
-        lr = data.degrade(hr / np.float32(255), np.random.default_rng([cfg.seed, i]), data.STRENGTHS[cfg.strength])
+        lr = degradation.degrade(hr / np.float32(255), np.random.default_rng([cfg.seed, i]), cfg.strength)
         clips.append(dict(name=path.stem, path=path, fps=fps, hr=hr, lr=lr))
     return clips
 

@@ -1,4 +1,4 @@
-"""data.py: video in and out, the degradation step by step, clips, and the bank. Media are made on the spot."""
+"""data.py: tensors, clips, and the bank. Media are made on the spot."""
 import dataclasses
 import inspect
 import os
@@ -10,22 +10,10 @@ import torch
 from PIL import Image
 
 import data
+import degradation
 import media
-
-# nothing but the final resize; the codec, noise, JPEG and blurs never happen
-NULL = dataclasses.replace(data.LIGHT, blur_prob=(0, 0), resize_prob=((0, 0, 1), (0, 0, 1)), resize_step=(0, 0),
-                           noise_prob=(0, 0), jpeg_prob=(0, 0), video_prob=(0, 0), sinc_prob=0)
-
-
-def scene(seed, frames=8, h=64, w=96, speed=2):
-    """A smooth random picture that moves `speed` px per frame to the left, uint8 (F, h, w, 3)."""
-    wide = w + speed * frames
-    coarse = np.random.default_rng(seed).random((1, 3, h // 8, wide // 8), dtype=np.float32)
-    coarse = 0.7 * coarse.mean(1, keepdims=True) + 0.3 * coarse              # video halves the resolution of colour
-    coarse = 0.5 + 1.5 * (coarse - 0.5)
-    wide = torch.nn.functional.interpolate(torch.from_numpy(coarse), size=(h, wide), mode="bicubic")[0].clamp(0, 1)
-    wide = (wide * 255).byte().permute(1, 2, 0).numpy()
-    return np.stack([wide[:, speed * i:speed * i + w] for i in range(frames)])
+from tests.conftest import scene
+from tests.test_degradation import NULL
 
 
 @pytest.fixture(scope="module")
@@ -38,10 +26,6 @@ def folder(tmp_path_factory):
     for seed, name in (4, "a.png"), (5, "more/b.jpg"):
         Image.fromarray(scene(seed, 1, 120, 160)[0]).save(folder / name)
     return folder
-
-
-def hr(seed=0, frames=5, size=64):
-    return scene(seed, frames, size, size) / np.float32(255)
 
 
 def test_tensor_round_trip_and_rounding():
@@ -63,232 +47,6 @@ def test_upsample():
     ramp = torch.linspace(-0.5, 0.5, 8).expand(1, 3, 2, 8, 8)
     up = data.upsample(ramp, (32, 32))[0, 0, 0, 0]           # pixel centres: align_corners would give -0.5 + i / 31
     assert torch.allclose(up[8:24], -0.5 + ((torch.arange(8, 24) + 0.5) / 4 - 0.5) / 7, atol=0.01)
-
-
-# ---------------------------------------------------------------------------------------------- degradation
-
-
-def test_kernels():
-    n, one = 4, np.ones(4)
-    for plateau in (False, True):
-        k = data.gaussian_kernels(9, 1.5 * one, 1.5 * one, 0.7 * one, 0.8 * one, plateau)
-        assert np.allclose(k, k.swapaxes(1, 2)) and np.allclose(k, np.rot90(k, 1, (1, 2)))
-        k = data.gaussian_kernels(9, 2 * one, 0.5 * one, 0 * one, one, plateau)
-        assert (k[:, 4, 6] > 2 * k[:, 6, 4]).all()           # sigma_x is along x
-    k = data.gaussian_kernels(21, 2 * one, 2 * one, 0 * one, one)
-    r = np.arange(21) - 10
-    assert np.allclose((k.sum(1) * r ** 2).sum(1), 4, atol=1e-3)               # its variance is sigma^2
-    k = data.sinc_kernels(21, np.pi / 3 * one)
-    assert np.allclose(k, np.rot90(k, 1, (1, 2)))
-    # a low-pass: passes a slow wave, stops one beyond its cutoff
-    response = abs(np.fft.fft(k.sum(1), 42))[0]
-    assert response[2] > 0.9 and response[16] < 0.1
-    assert abs(np.fft.fft(data.sinc_kernels(21, 2 * np.pi / 3 * one).sum(1), 42))[0, 10] > 0.8             # of omega
-    for seed in range(40):
-        k = data.random_kernels(np.random.default_rng(seed), n, (7, 21), (0.2, 3))
-        assert k.shape[0] == n and k.shape[1] in range(7, 22, 2) and np.allclose(k.sum((1, 2)), 1)
-
-
-def test_one_kernel_type_per_clip_with_the_listed_probabilities(monkeypatch):
-    made = []
-    monkeypatch.setattr(data, "sinc_kernels", lambda size, omega: made.append(("sinc", len(omega))))
-    monkeypatch.setattr(data, "gaussian_kernels", lambda *a, plateau: made.append((plateau, len(a[1]))))
-    rng = np.random.default_rng(0)
-    for _ in range(2000):
-        data.random_kernels(rng, 6, (7, 21), (0.2, 3))
-    assert len(made) == 2000 and all(n == 6 for _, n in made)                  # one call makes the whole clip
-    assert abs(np.mean([kind == "sinc" for kind, _ in made]) - 0.1) < 0.02
-    assert abs(np.mean([kind is True for kind, _ in made]) - 0.135) < 0.02
-
-
-def test_beta_is_below_one_half_of_the_time(monkeypatch):
-    firsts = []
-    monkeypatch.setattr(data, "gaussian_kernels", lambda size, sx, sy, angle, beta, plateau: firsts.append(beta[0]))
-    rng = np.random.default_rng(0)
-    for _ in range(600):
-        data.random_kernels(rng, 2, (7, 21), (0.2, 3), {"generalized_iso": 1})
-    assert abs(np.mean(np.array(firsts) < 1) - 0.5) < 0.06                     # uniform in [0.5, 4] gives 0.14
-
-
-def test_walk_is_bounded():
-    rng = np.random.default_rng(0)
-    walks = np.stack([data.walk(rng, (0.2, 0.5), 0.02, 50) for _ in range(50)])
-    assert walks.shape == (50, 50) and walks.min() >= 0.2 and walks.max() <= 0.5
-    steps = abs(np.diff(walks, axis=1))
-    assert 0.018 < steps.max() <= 0.02 + 1e-12 and steps.mean() > 0.005        # it moves, but not further
-    assert walks[:, 0].std() > 0.05
-    assert data.walk(rng, (0, 1), 0.1, 3, first=0.7)[0] == 0.7
-
-
-def test_blur_each_frame_by_its_kernel():
-    x = torch.zeros(2, 3, 15, 15)
-    x[:, :, 7, 7] = 1
-    kernels = np.random.default_rng(0).random((2, 5, 5))
-    got = data.blur(x, kernels)
-    for i in range(2):                                       # the answer to an impulse is the kernel, mirrored
-        assert np.allclose(got[i, 1, 5:10, 5:10].numpy(), kernels[i, ::-1, ::-1], atol=1e-6)
-    assert np.allclose(data.blur(torch.full((1, 3, 4, 4), 0.3), np.full((1, 21, 21), 1 / 441)), 0.3)
-
-
-def test_resize_modes():
-    x = torch.rand(2, 3, 12, 15, generator=torch.Generator().manual_seed(0))
-    assert torch.allclose(data.resize(x, (4, 5), "area"), torch.nn.functional.avg_pool2d(x, 3), atol=1e-6)
-    uneven = data.resize(x, (5, 7), "area")
-    assert uneven.shape[-2:] == (5, 7) and torch.allclose(uneven.mean((2, 3)), x.mean((2, 3)), atol=1e-6)
-    want = (x[..., :2, :].sum(-2) + 0.4 * x[..., 2, :]) / 2.4                  # the third row belongs to two of them
-    assert torch.allclose(data.resize(x, (5, 15), "area")[..., 0, :], want, atol=1e-6)
-    for mode in ("bilinear", "bicubic", "area"):
-        assert data.resize(x, (24, 30), mode).shape[-2:] == (24, 30)
-
-
-def test_poisson_noise_in_units_of_one():
-    rng = np.random.default_rng(0)
-    x = torch.from_numpy(rng.random((1, 3, 256, 256), dtype=np.float32))
-    x = (x * 255).round() / 255
-    for gray in (False, True):
-        noise = (data.poisson_noise(rng, x, np.ones(1), gray) - x) * 255
-        assert gray or abs(noise.std().item() - 11.3) < 0.3  # 0.7 if it were on 0..255
-        assert abs(noise.mean().item()) < 0.3
-        assert gray == torch.allclose(noise[:, 0], noise[:, 1], atol=1e-3)
-    half = (data.poisson_noise(rng, x, np.full(1, 0.5), False) - x) * 255
-    assert abs(half.std().item() - 5.65) < 0.2
-
-
-def test_gaussian_noise():
-    rng, x = np.random.default_rng(0), torch.full((2, 3, 128, 128), 0.5)
-    noise = data.gaussian_noise(rng, x, np.array([5, 20]) / 255, False) - x
-    assert abs(noise[0].std() * 255 - 5) < 0.2 and abs(noise[1].std() * 255 - 20) < 0.5
-    assert abs(np.corrcoef(noise[0].ravel(), noise[1].ravel())[0, 1]) < 0.05   # fresh in each frame
-    gray = data.gaussian_noise(rng, x, np.array([5, 5]) / 255, True) - x
-    assert torch.allclose(gray[:, 0], gray[:, 2]) and not torch.allclose(noise[:, 0], noise[:, 2])
-
-
-def test_jpeg_channels_and_quality():
-    red = torch.zeros(2, 3, 32, 32)
-    red[:, 0] = 1
-    assert (data.jpeg(red, [95, 95]) - red).abs().max() < 0.03
-    # chroma is what 4:2:0 blurs: a fine red/blue pattern must keep its luma (Rec. 601) better than its colour
-    x = torch.from_numpy(hr(0, 2)).permute(0, 3, 1, 2)
-    error = [(data.jpeg(x, [q, q]) - x).square().mean().item() for q in (20, 60, 95)]
-    assert error[0] > 1.5 * error[1] > 2 * error[2]
-    mixed = data.jpeg(x[:1].expand(2, -1, -1, -1), [20, 95])
-    assert (mixed[0] - x[0]).square().mean() > (mixed[1] - x[0]).square().mean()
-
-
-@pytest.mark.parametrize("codec", ["libx264", "mpeg4"])
-def test_codec_is_flushed_and_not_shifted_in_time(codec):
-    level = np.random.default_rng(0).permutation(np.linspace(0.1, 0.9, 16))    # each frame has its own brightness
-    x = torch.from_numpy(level).float()[:, None, None, None].expand(16, 3, 64, 64).contiguous()
-    out = data.video_codec(x, codec, 50_000).mean((1, 2, 3)).numpy()
-    assert len(out) == 16 and abs(out - level).max() < 0.06
-    a, b = level - level.mean(), out - out.mean()
-    assert np.argmax([np.dot(a, np.roll(b, lag)) for lag in range(-5, 6)]) == 5
-    static = torch.from_numpy(hr(0, 1, 64)).permute(0, 3, 1, 2).expand(7, -1, -1, -1)
-    assert (data.video_codec(static, codec, 50_000) - static).abs().mean() < 0.05              # nor in space
-
-
-def test_codec_spends_the_bitrate_and_takes_any_size():
-    x = torch.from_numpy(scene(0, 12, 96, 96) / np.float32(255)).permute(0, 3, 1, 2).contiguous()
-    x = (x + 0.1 * torch.randn(12, 1, 96, 96, generator=torch.Generator().manual_seed(0))).clamp(0, 1)
-    error = [(data.video_codec(x, "libx264", b) - x).square().mean() for b in (3_000, 30_000, 300_000)]
-    assert error[0] > 1.2 * error[1] and error[1] > 1.2 * error[2]
-    assert data.video_codec(x[:, :, :33, :47], "libx264", 10_000).shape == (12, 3, 33, 47)
-    assert data.video_codec(x[:, :, :8, :8], "libx264", 10).shape == (12, 3, 8, 8)
-
-
-def test_bitrate_follows_the_number_of_pixels(monkeypatch):
-    asked = []
-    monkeypatch.setattr(data, "video_codec", lambda x, codec, bitrate: asked.append((codec, bitrate)) or x)
-    for side in (256, 128):
-        data.random_video_codec(np.random.default_rng(1), torch.zeros(1, 3, side, side), (1e4, 1e5))
-    (codec, big), (same, small) = asked
-    assert codec == same and big == pytest.approx(4 * small) and 1e4 <= big <= 1e5
-
-
-@pytest.mark.parametrize("strength", ["light", "realbasicvsr"])
-def test_degrade(monkeypatch, strength):
-    sizes, codec = [], data.random_video_codec
-    monkeypatch.setattr(data, "random_video_codec", lambda rng, x, b: sizes.append(x.shape) or codec(rng, x, b))
-    x = hr(0, 5, 64)
-    keep = x.copy()
-    made = [data.degrade(x, np.random.default_rng(seed), strength) for seed in (0, 1, 2, 3, 0)]
-    for lr in made:
-        assert lr.shape == (5, 16, 16, 3) and lr.dtype == np.uint8
-    assert np.array_equal(made[0], made[4]) and not np.array_equal(made[0], made[1])
-    assert np.array_equal(x, keep)                           # the HR itself stays as it was
-    assert sizes and all(h % 2 == 0 and w % 2 == 0 and n == 5 for n, _, h, w in sizes)
-    with pytest.raises(ValueError, match="crop it"):
-        data.degrade(hr(0, 2, 64)[:, :62], np.random.default_rng(0), strength)
-
-
-def test_lr_does_not_depend_on_the_number_of_threads(tmp_path):
-    x, made, banks = hr(0, 5, 256), [], []
-    samples = data.Clips("samples/train", 5, 96, "light")
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
-        try:
-            # these two did depend on it, on an Intel Xeon
-            made.append([data.degrade(x, np.random.default_rng(seed), name)
-                         for name, seed in (("light", 0), ("realbasicvsr", 2))])
-            banks.append(data.Bank(samples, 2, tmp_path / str(threads), 96, progress=False))
-            assert torch.get_num_threads() == threads
-        finally:
-            torch.set_num_threads(1)
-    assert all(np.array_equal(a, b) for a, b in zip(*made, strict=True))
-    assert np.array_equal(banks[0].rows, banks[1].rows)
-
-
-def test_random_resize_is_even_and_one_size():
-    x = torch.rand(6, 3, 50, 38)
-    seen = set()
-    for seed in range(30):
-        out = data.random_resize(np.random.default_rng(seed), x, (0.3, 0.4, 0.3), (0.15, 1.5), 0.03)
-        assert out.shape[:2] == (6, 3) and out.shape[2] % 2 == 0 and out.shape[3] % 2 == 0
-        seen.add(out.shape[2])
-    assert min(seen) < 30 and max(seen) > 60
-
-
-def test_order_of_operations(monkeypatch):
-    """The list of RealBasicVSR from top to bottom; only its last two may change places."""
-    log = []
-    names = ("blur", "random_resize", "random_noise", "jpeg", "random_video_codec", "resize")
-    operations = {name: getattr(data, name) for name in names}
-    for name in names:
-        def spy(*a, name=name, real=operations[name]):
-            inside = log and log[-1] == "("                  # random_resize calls resize
-            log.append("(" if name == "random_resize" else None if inside else name)
-            out = real(*a)
-            if name == "random_resize":
-                del log[log.index("("):]
-                log.append(name)
-            return out
-        monkeypatch.setattr(data, name, spy)
-    always = dataclasses.replace(data.REALBASICVSR, blur_prob=(1, 1), sinc_prob=1)
-    ends = set()
-    for seed in range(6):
-        log.clear()
-        data.degrade(hr(0, 2, 32), np.random.default_rng(seed), always)
-        steps = [s for s in log if s]
-        first = ["blur", "random_resize", "random_noise", "jpeg"]
-        assert steps[:9] == [*first, "random_video_codec", *first]
-        ends.add(tuple(steps[9:]))
-    assert ends == {("random_video_codec", "resize", "blur"), ("resize", "blur", "random_video_codec")}
-
-
-def test_null_degradation_is_the_downscale():
-    x = hr(0, 3, 64)
-    lr = data.degrade(x, np.random.default_rng(0), NULL)
-    area = x.reshape(3, 16, 4, 16, 4, 3).mean((2, 4)) * 255
-    assert abs(lr - area).mean() < 3                         # of the three interpolations, or a shift would show
-    shifted = np.roll(area, 1, 2)
-    assert abs(lr - shifted).mean() > 3 * abs(lr - area).mean()
-
-
-def test_sharpening_is_off_unless_asked():
-    x = hr(0, 1, 64)
-    soft, sharp = (data.degrade(x, np.random.default_rng(0), dataclasses.replace(NULL, usm=u)) for u in (False, True))
-    assert sharp.astype(float).std() > 1.02 * soft.astype(float).std()
-    assert not data.LIGHT.usm and not data.REALBASICVSR.usm
 
 
 # ---------------------------------------------------------------------------------------------- clips
@@ -477,12 +235,12 @@ def test_an_edit_of_the_degradation_makes_other_clips(folder, tmp_path, monkeypa
     """As a reader edits it: in the file. A comment makes none."""
     names = []
     for edit in ("", "    # why not\n", "    x = x * 0\n"):
-        source = Path(data.__file__).read_text()
+        source = Path(degradation.__file__).read_text()
         end = "    return to_bytes(x)\n"
         assert source.count(end) == 1
         (tmp_path / "edited.py").write_text(source.replace(end, edit + end))
         monkeypatch.setattr(inspect, "getsource", lambda m, of=inspect.getsource: (tmp_path / "edited.py").read_text()
-                            if m is data else of(m))
+                            if m is degradation else of(m))
         names.append(data.Bank(data.Clips(folder, 5, 32, NULL), 1, tmp_path, 32, progress=False).path)
     assert names[0] == names[1] != names[2]
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import data
+import degradation
 import evaluate
 import media
 import metrics
@@ -76,7 +77,7 @@ def test_numbers_pages_and_cache(run, tmp_path, capsys):
     # the numbers belong to the names they stand under
     for i, name in enumerate("ab"):
         hr = media.read_video(tmp_path / f"val/{name}.mkv")[:, :64]
-        lr = data.degrade(hr / np.float32(255), np.random.default_rng([0, i]), data.LIGHT)
+        lr = degradation.degrade(hr / np.float32(255), np.random.default_rng([0, i]), degradation.LIGHT)
         got = result["per_clip"][name]["teacher50"]
         out = np.clip(evaluate.upscale_bicubic(lr).astype(int) + 6, 0, 255).astype(np.uint8)
         assert got["psnr"] == pytest.approx(metrics.psnr(out, hr), abs=1e-3)

@@ -16,8 +16,7 @@ import infer
 import media
 import metrics
 import model as M
-from tests.conftest import ROOT
-from tests.test_data import scene
+from tests.conftest import ROOT, scene
 from tests.test_maths import tiny_net
 
 NTSC = infer.Fraction(24000, 1001)

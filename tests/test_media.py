@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import media
-from tests.test_data import scene
+from tests.conftest import scene
 
 NTSC = Fraction(24000, 1001)
 

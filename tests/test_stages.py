@@ -18,6 +18,7 @@ import torch
 
 import common
 import data
+import degradation
 import media
 import model as M
 import stage0_teacher as stage0
@@ -1010,7 +1011,7 @@ def test_stages_train_on_cached_latents(chain, tmp_path, footage, monkeypatch):
     with pytest.raises(SystemExit, match="beside it, not readable"):
         data.LatentBank(str(tmp_path / "alone.bin"), "tiny")
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="other settings, media"):
-        patch.setitem(data.STRENGTHS, "light", replace(data.LIGHT, kernel=(7, 7)))
+        patch.setitem(degradation.STRENGTHS, "light", replace(degradation.LIGHT, kernel=(7, 7)))
         data.prepare_latents(path, footage, "tiny", vae, 5)
     with pytest.raises(SystemExit, match="cannot be written"):
         data.prepare_latents("/proc/latents.bin", footage, "tiny", vae, 5)
