@@ -113,8 +113,13 @@ def keep_memory():
 
 
 def cleanup():
-    """Leave the process group. A thread of gloo that lets go of its last tensor only while Python shuts down aborts the
-    process; nothing can be waited for, so it gets half a second."""
+    """Say how much memory of the GPU the run took (--dry-run has the estimate), and leave the process group.
+
+    A thread of gloo that lets go of its last tensor only while Python shuts down aborts the process; nothing can be
+    waited for, so it gets half a second.
+    """
+    if torch.cuda.is_available() and int(os.environ.get("RANK", 0)) == 0:
+        print(f"most memory allocated: {torch.cuda.max_memory_allocated() / 1e9:.1f} GB")
     if dist.is_initialized():
         dist.destroy_process_group()
         time.sleep(0.5)

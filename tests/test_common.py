@@ -98,6 +98,16 @@ def test_average_of_weights():
     torch.testing.assert_close(a.weight, want)
 
 
+def test_a_run_on_a_gpu_ends_with_its_peak_memory(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 66_280_000_000)
+    common.cleanup()
+    assert capsys.readouterr().out == "most memory allocated: 66.3 GB\n"
+    monkeypatch.setenv("RANK", "1")
+    common.cleanup()
+    assert not capsys.readouterr().out
+
+
 LEAVE = """
 import sys, torch, common
 rank, world, device = common.setup()
