@@ -294,7 +294,7 @@ def prepare(args, folder, arms, key, seed):
     run = folder / f"{key}-seed{seed}"
     cfgs = configs(args, arms[key], run, seed)
     run.mkdir(parents=True, exist_ok=True)
-    about = {"stage1": data.sha256(f"{args.out}/stage1/last.pt")}
+    about = {"stage1": common.contents(f"{args.out}/stage1/last.pt")}
     for n, cfg in cfgs.items():
         about |= {f"stage{n}.{k}": v for k, v in asdict(cfg).items() if k not in ("out", "resume")}
         about[f"stage{n}.code"] = common.code(STAGES[n], M, data, degradation, *[metrics] * (n == 3))

@@ -148,7 +148,7 @@ def main(cfg):
     cfg_net = deepcopy(teacher)
     optimiser = torch.optim.AdamW(student.parameters(), lr=cfg.cfg_lr, weight_decay=0)
     saved = dict(student=student, cfg=cfg_net, teacher=teacher, vae=vae, optimiser=optimiser,
-                 source=data.sha256(source))
+                 source=common.contents(source))
     start = common.continue_from(f"{out_dir}/last.pt", cfg, saved)
     ddp, parts = common.parallel(student, world), world * cfg.accumulate
 

@@ -252,9 +252,9 @@ def main(cfg):
     real = deepcopy(fake)
     if cfg.real_score == "teacher":
         teacher, stage1 = M.teacher_file(cfg), M.read_checkpoint(source)
-        if stage1["source"] != data.sha256(teacher):
-            raise SystemExit(f"{teacher}: not the teacher that stage I was made from; run stage1_pd.py again")
         real = M.load_checkpoint(teacher, "ema", device, cfg.model, finished=True)[0]
+        if stage1["source"] != common.contents(teacher):
+            raise SystemExit(f"{teacher}: not the teacher that stage I was made from; run stage1_pd.py again")
     bank, clip = data.training_bank(cfg, rank, cfg.latents)
     if device.type == "cuda":
         M.to_bf16(real)
@@ -276,7 +276,7 @@ def main(cfg):
 
     # what others read as "student" is the average; --resume goes on from "net"
     saved = dict(student=average, net=student, fake=fake, head=head, vae=vae,
-                 opt_student=opt_student, opt_fake=opt_fake, opt_head=opt_head, source=data.sha256(source))
+                 opt_student=opt_student, opt_fake=opt_fake, opt_head=opt_head, source=common.contents(source))
     start = common.continue_from(f"{out_dir}/last.pt", cfg, saved)
     student_ddp, fake_ddp, head_ddp = (common.parallel(net, world) for net in (student, fake, head))
     parts = world * cfg.accumulate

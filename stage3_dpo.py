@@ -232,7 +232,7 @@ def main(cfg):
     trained = [p for p in student.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(trained, lr=cfg.lr, weight_decay=0)
     # all that a pair depends on; the name of the bank is a hash of its clips' settings, files and code
-    stamp = repr([data.sha256(source), bank.path.name, cfg.candidates, cfg.scorer, common.code(metrics), cfg.seed])
+    stamp = repr([common.contents(source), bank.path.name, cfg.candidates, cfg.scorer, common.code(metrics), cfg.seed])
     saved = dict(vae=vae, optimiser=optimiser, source=stamp) | \
         ({"lora": student.lora} if cfg.lora else {"student": student})
     start = common.continue_from(f"{out_dir}/last.pt", cfg, saved)

@@ -98,6 +98,18 @@ def test_average_of_weights():
     torch.testing.assert_close(a.weight, want)
 
 
+def test_contents_tell_checkpoints_apart(tmp_path):
+    state = {"a": torch.arange(4.0), "step": 1}
+    torch.save(state, tmp_path / "one.pt")
+    torch.save(state, tmp_path / "copy.pt")
+    seen = {common.contents(tmp_path / name) for name in ("one.pt", "copy.pt")}
+    assert len(seen) == 1
+    for state in {"a": torch.arange(4.0).mul_(1 + 1e-6), "step": 1}, {"a": torch.arange(4.0), "step": 2}:
+        torch.save(state, tmp_path / "other.pt")
+        seen.add(common.contents(tmp_path / "other.pt"))
+    assert len(seen) == 3
+
+
 def test_a_run_on_a_gpu_ends_with_its_peak_memory(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 66_280_000_000)
