@@ -11,7 +11,7 @@ Writes  <out>/report/metrics.json (numbers per clip and row, some per frame, and
 
 A number is the mean over clips of the mean over frames, on 8-bit frames; nothing is resized or cut to fit. Outputs of
 another size or length than their ground truth are refused; a shift, a wrong range and a lossy file are named. The
-paper's test sets and its learned no-reference scores are not used unless pyiqa is there (--extra; see metrics.py).
+paper's test sets are not used; its learned no-reference scores need --extra and what metrics.py names.
 """
 import hashlib
 import json

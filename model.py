@@ -5,13 +5,13 @@
     path        z_t = (1 - t) z_0 + t eps
     velocity    v = eps - z_0, so that z_0 = z_t - t v and eps = z_t + (1 - t) v
     student     z_0 = eps - v(eps, t = 1, z_lr, c): one Euler step from noise to data
-    guidance    v_cfg = (1 + w) v(c) - w v(null); w = 0 is no guidance (the usual scale is g = 1 + w)
+    guidance    v_cfg = (1 + w) v(c) - w v(null), null the prompt AGAINST; w = 0: none (the usual scale is 1 + w)
     shift       time_shift(u, s) = s u / (1 + (s - 1) u)
 
     SHAPES
     B batch   C latent channels   T latent frames   H, W latent rows, columns   F = 4 (T - 1) + 1 video frames
     N tokens = T * H/2 * W/2      D model width     h heads                     K = D / h
-    latents (B, C, T, H, W)   video (B, 3, F, p H, p W) in [-1, 1]   tokens (B, N, D)   t (B,)
+    latents (B, C, T, H, W)   video (B, 3, F, p H, p W) in [-1, 1], p the stride   tokens (B, N, D)   t (B,)
 
     NAMES
     cfg is the Config of a run; cfg_w, cfg_net, cfg_target and the part "cfg" are of classifier-free guidance

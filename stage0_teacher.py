@@ -13,8 +13,8 @@ Writes  out/<preset>/stage0/last.pt: net, ema (the teacher that stage I reads), 
 
 Differs from the paper: (1) trained from scratch, with a linear patch code in place of its video VAE, at the presets
 tiny and small; (2) three prompts, none, "high quality" and "low quality", learned at tiny and small, embeddings of UMT5
-at wan1.3b, in place of captions: clips that carry the last one are softened, so that classifier-free guidance has a
-direction (as SUPIR does with images); (3) tiny and small see a light degradation, LIGHT in degradation.py.
+at wan1.3b, in place of captions; the targets of "low quality" clips are blurred, so that classifier-free guidance has
+a direction (as SUPIR does with images); (3) tiny and small see a light degradation, LIGHT in degradation.py.
 """
 from copy import deepcopy
 from dataclasses import dataclass

@@ -10,8 +10,8 @@ Reads   out/<preset>/stage0/last.pt (ema), or weights/tiny_teacher.pt if there i
 Writes  out/<preset>/stage1/last.pt: cfg (guided multi-step model, the real score of stage II), student (one step),
         vae, and what --resume needs; log.jsonl, panel.png, loss.png.
 
-Differs from the paper: (1) the loss compares velocities, not end points, which would weigh the steps of a grid of 64
-up to 541 : 1 at shift 5 (pd_space = "z" is the paper's); (2) guidance is (1 + w) v(c) - w v(null): the factor w on
+Differs from the paper: (1) the loss compares velocities; end points (pd_space = "z", the paper's) would weigh one step
+of a grid of 64 up to 540 times as much as another at shift 5; (2) guidance is (1 + w) v(c) - w v(null): the factor w on
 the second term is missing in a public summary of the paper, and without it c = null would not give v(null); (3) "null"
 is the low-quality prompt (AGAINST in model.py): the tiny teacher hardly tells no text at all from the good one.
 """

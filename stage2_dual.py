@@ -4,7 +4,7 @@ DMD moves the student's distribution towards the teacher's: a frozen "real" scor
 "fake" one, trained along on the student's own outputs, says where the student's lie; their difference is the gradient.
 RFS-GAN moves it towards real video: a small convolutional head reads the features of both score models.
 Why both (the paper; README has what we found): DMD alone is bounded by its teacher and biased, since the real score has
-never seen a student's outputs and draws what they show off HR; the GAN sees real video, but alone is unstable.
+never seen a student's outputs and moves what they show off HR; the GAN sees real video, but alone is unstable.
 
     gradient of     student     fake        head        real        (-: takes no part)
     L_Diff          -           trains      -           -

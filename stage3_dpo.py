@@ -10,11 +10,11 @@ Reads   out/<preset>/stage2/last.pt: student.
 Writes  out/<preset>/stage3/pairs/*.pt, the ranked pairs, used again if they are there; pairs.json, pairs.png show them;
         out/<preset>/stage3/last.pt: student, vae, and what --resume needs; log.jsonl, panel.png, loss.png.
 
-Differs from the paper: (1) the scorer is an offline proxy unless DOVER or a pyiqa metric is installed and named: NIQE,
-flicker and consistency with LR, so these three are no independent evidence for what this stage does; (2) an anchor to
+Differs from the paper: (1) the scorer is an offline proxy (NIQE, flicker and consistency with LR, so these three are no
+independent evidence for this stage) unless DOVER or a pyiqa metric is installed and named; (2) an anchor to
 the stage II student is added (anchor = 0: none): at t = 1 dpo_inside is linear in the student's output, and the loss
 falls for ever along winner - loser. Left open there and settled here: winner and loser share fresh noise and one time.
-With each candidate's own noise the reference makes both again at t = 1, and the gradient starts at 0. The time is
+With each candidate's own noise the reference reproduces both at t = 1, and the gradient starts at 0. The time is
 uniform, as the z_t of the formula suggests, though the student only ever runs at t = 1 (dpo_t = "one": there alone).
 """
 import json
