@@ -125,12 +125,16 @@ def steady(times, fps):
 def stream(path, start=0, size=None):
     """The frames of a video from `start` on, one uint8 (H, W, 3) after the other; size (W, H): shrunk by area.
 
-    The seek is exact for a constant frame rate: FFmpeg decodes from the key frame before and drops what is early.
+    FFmpeg decodes from the key frame before and drops what is early; when frames are shown, `survey` knows.
     """
     info = video_info(path)
     w, h = size or (info["width"], info["height"])
-    # half a frame early, so that rounded time stamps never lose the first frame
-    seek = ["-ss", f"{float((start - Fraction(1, 2)) / info['fps']):.6f}"] if start else []
+    seek = []
+    if start:                                               # to between two frames: at any rate, however late the first
+        times = survey(path)["times"]
+        if start >= len(times):
+            return
+        seek = ["-ss", f"{(times[start - 1] + times[start]) / 2:.6f}"]
     # matrix and range are those of the file's tags; the flags avoid a rounding bias and nearest-neighbour chroma
     flags = f"{'area' if size else 'bicubic'}+accurate_rnd+full_chroma_int+full_chroma_inp"
     cmd = command([*seek, "-i", Path(path), "-map", "0:v:0", "-vf", f"scale={w}:{h}:flags={flags}",
@@ -272,7 +276,7 @@ def write_image(path, frame):
 class Unfinished:
     """An output made piece by piece: a hidden folder beside it, which becomes the output when all pieces are there.
 
-    target: .mp4, .mov, .m4v (H.264), .mkv (FFV1), or a folder that takes PNGs. stamp: text that says how the pieces
+    target: .mp4, .mov (H.264), .mkv (FFV1), or a folder that takes PNGs. stamp: text that says how the pieces
     are made. resume: go on with the pieces of an interrupted run, if its stamp is the same; without it there must be
     none. A piece is a run of frames, named by the first; `has` tells whether it is there.
     """
@@ -356,7 +360,7 @@ class Unfinished:
         # the container of a piece may round times: frame N is shown at begin + N / fps, exactly
         clock = [] if times else [
             "-bsf:v", f"setts=ts=round(({begin:.6f}+N*{1 / fps})/TB):duration=round({1 / fps}/TB)"]
-        inputs = ["-itsoffset", begin, "-f", "concat", "-i", listed]
+        inputs = ["-itsoffset", f"{begin:.6f}", "-f", "concat", "-i", listed]
         inputs += ["-i", source, "-map", "0:v", "-map", "1:a?"] if source else []
         with whole(self.target) as tmp:
             for codec in ("copy", "aac"):                       # some sound does not fit into some containers

@@ -29,6 +29,23 @@ def test_round_trip(tmp_path, suffix):
     assert abs(small - area).mean() < 1.5
 
 
+@pytest.mark.parametrize("late", [False, True])
+def test_the_seek_is_exact_at_a_varying_rate_and_behind_sound(tmp_path, late):
+    """Sound begins at 0 and the film, late, at 0.07 s: FFmpeg counts a seek from the first of all streams."""
+    frames = scene(0, 12)
+    times = 0.07 * late + np.cumsum([0, 40, 40, 15, 15, 15, 90, 90, 20, 40, 40, 40]) / 1000
+    media.encode(tmp_path / "film.mp4", frames, 24, times=times)
+    path = tmp_path / "x.mp4"
+    media.ffmpeg(["-f", "lavfi", "-i", "sine=d=0.6", "-itsoffset", f"{times[0]}", "-i", tmp_path / "film.mp4",
+                  "-map", "0:a", "-map", "1:v", "-c:v", "copy", path])
+    back = media.read_video(path)
+    assert len(back) == 12
+    for start in range(12):
+        assert np.array_equal(media.read_video(path, start, 1), back[start:start + 1])
+    with pytest.raises(ValueError, match="no frame at 12"):
+        media.read_video(path, 12)
+
+
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
 def test_colours(tmp_path, suffix):
     colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0), (200, 120, 40), (17, 99, 180)]
