@@ -6,8 +6,8 @@ PYTHON ?= python3
 OUT    ?= out/tiny
 EVAL   ?= --max_clips 1
 RUN     = .venv/bin/python
-# two processes of one thread train faster on two cores than one process of two threads
-TRAIN   = OMP_NUM_THREADS=1 .venv/bin/torchrun --standalone --nproc_per_node=2
+# two processes of one thread train faster on two cores than one process of two threads; a single GPU takes only one
+TRAIN   = CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 .venv/bin/torchrun --standalone --nproc_per_node=2
 
 demo: .venv/ready
 	$(TRAIN) stage1_pd.py --out $(OUT) --batch 2 --steps_per_phase 35 --resume

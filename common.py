@@ -4,6 +4,7 @@ import ast
 import contextlib
 import ctypes
 import datetime
+import functools
 import hashlib
 import inspect
 import json
@@ -90,7 +91,10 @@ def setup():
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        local, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if local >= count:
+            raise SystemExit(f"more processes than GPUs: --nproc_per_node={count}; or CUDA_VISIBLE_DEVICES= for CPUs")
+        device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
         # the others may wait long: rank 0 degrades the clips, and each is done with its candidates at another time
@@ -282,15 +286,20 @@ def start_run(out_dir, cfg):
     make_folder(out_dir)
     about = {"config": asdict(cfg), "argv": sys.argv, "commit": commit(), "torch": torch.__version__,
              "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}
-    put(f"{out_dir}/run.json", json.dumps(about, indent=2))
+    if not state or step < vars(cfg).get("steps", state["total"]):      # what has ended keeps its own
+        put(f"{out_dir}/run.json", json.dumps(about, indent=2))
     kept = [line for line in read_log(out_dir) if line["step"] <= step]
     put(f"{out_dir}/log.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
 
 
+@functools.cache                # once: a run goes on with the code that it has read, whatever is edited meanwhile
+def parsed(module):
+    return ast.dump(ast.parse(inspect.getsource(module)))
+
+
 def code(*modules):
     """A hash of what modules do, comments left out: what other code made is made again."""
-    trees = [ast.dump(ast.parse(inspect.getsource(module))) for module in modules]
-    return hashlib.sha256("".join(trees).encode()).hexdigest()[:16]
+    return hashlib.sha256("".join(map(parsed, modules)).encode()).hexdigest()[:16]
 
 
 def contents(path):

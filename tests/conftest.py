@@ -8,6 +8,7 @@ import torch
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 os.environ["OMP_NUM_THREADS"] = "1"         # for the processes that tests start
+os.environ["CUDA_VISIBLE_DEVICES"] = ""     # the tests are of the CPU; several processes would share one GPU
 torch.set_num_threads(1)                    # two busy threads on a shared machine are slower than one
 
 

@@ -110,6 +110,23 @@ def test_contents_tell_checkpoints_apart(tmp_path):
     assert len(seen) == 3
 
 
+def test_an_edit_during_a_run_does_not_change_its_code(monkeypatch):
+    now = common.code(M)
+    monkeypatch.setattr(common.inspect, "getsource", lambda module: "edited = True")
+    assert common.code(M) == now
+    common.parsed.cache_clear()
+    assert common.code(M) != now
+    common.parsed.cache_clear()
+
+
+def test_more_processes_than_gpus_is_one_line(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(SystemExit, match="--nproc_per_node=1; or CUDA_VISIBLE_DEVICES= for CPUs"):
+        common.setup()
+
+
 def test_a_run_on_a_gpu_ends_with_its_peak_memory(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 66_280_000_000)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+import common
 import data
 import degradation
 import media
@@ -63,7 +64,6 @@ def test_clips_are_functions_of_seed_epoch_index(folder):
         assert np.array_equal(high, back[k][0]) and np.array_equal(low, back[k][1])
     highs = [forth[k][0] for k in keys] + [data.Clips(folder, 5, 32, "light", seed=4).clip(0, 0)[0]]
     assert all(not np.array_equal(x, y) for i, x in enumerate(highs) for y in highs[:i])
-    assert len(a) == 10 // 5 + 12 // 5 + 9 // 5 + 2
 
 
 def test_windows_do_not_cross_a_cut(folder, monkeypatch):
@@ -241,6 +241,7 @@ def test_an_edit_of_the_degradation_makes_other_clips(folder, tmp_path, monkeypa
         (tmp_path / "edited.py").write_text(source.replace(end, edit + end))
         monkeypatch.setattr(inspect, "getsource", lambda m, of=inspect.getsource: (tmp_path / "edited.py").read_text()
                             if m is degradation else of(m))
+        common.parsed.cache_clear()                         # as a new process would
         names.append(data.Bank(data.Clips(folder, 5, 32, NULL), 1, tmp_path, 32, progress=False).path)
     assert names[0] == names[1] != names[2]
 
