@@ -61,15 +61,15 @@ class Config:
     pred: str = ""                  # outputs to measure, a file or a folder; "": the stages
     gt: str = ""                    # their ground truth, if there is any
     lr: str = ""                    # their inputs, if there are any
-    seam: int = 80                  # pixels from tile to tile, for the column `seam` [infer.py: 80]
+    seam: int = 80                  # pixels from tile to tile, for the column `seam` [infer.py: 80, at tiny]
     chunk: int = 52                 # frames from chunk to chunk, for the column `chunk` [infer.py: 57 - 1 - 4]
     extra: bool = False             # MUSIQ, CLIP-IQA, LPIPS, DISTS of pyiqa, and DOVER, where they are installed
 
 
 PRESETS = {                         # the first one is the default
     "tiny":  dict(),
-    "small": dict(out="out/small", teacher="", student=""),
-    "wan1.3b": dict(out="out/wan1.3b", teacher="", student=""),
+    "small": dict(out="out/small", teacher="", student="", seam=112),
+    "wan1.3b": dict(out="out/wan1.3b", teacher="", student="", seam=608, strength="realbasicvsr"),
 }
 
 ROWS = {                            # in the order of the table
@@ -137,14 +137,16 @@ def sources(cfg):
 
 def read_clips(cfg):
     """The clips, as a list of dicts: name, fps, hr (F, H, W, 3), lr (F, H/4, W/4, 3), both uint8."""
-    if cfg.frames % 4 != 1:
-        raise SystemExit(f"--frames {cfg.frames}: take 4k + 1, such as {cfg.frames // 4 * 4 + 1}")
+    if cfg.frames % 4 != 1 or cfg.frames < 1:
+        raise SystemExit(f"--frames {cfg.frames}: take 4k + 1, such as {max(1, cfg.frames // 4 * 4 + 1)}")
     if cfg.strength not in degradation.STRENGTHS:
         raise SystemExit(f"--strength {cfg.strength}: one of {', '.join(degradation.STRENGTHS)}")
     folder = Path(cfg.clips)
     paths = sorted(p for p in folder.glob("*") if p.suffix.lower() in media.VIDEOS and p.name[0] != ".")
     if not paths:
         raise SystemExit(f"{folder}: no videos in this folder; name one that has some by --clips")
+    if len({path.stem for path in paths}) < len(paths):
+        raise SystemExit(f"{folder}: videos of one name and two endings; rename or move one")
     paths = [paths[i] for i in np.unique(np.linspace(0, len(paths) - 1, cfg.max_clips).round().astype(int))]
     clips = []
     for i, path in enumerate(paths):
@@ -459,8 +461,7 @@ def read_outputs(cfg):
                      for p, (_, lossy) in zip(files[:2], read[:2], strict=True) if lossy]
         if hr is not None:
             warnings += [f"{path}: {what}" for what in differences(pred, hr)]
-        fps = media.video_info(path)["fps"] if path.suffix.lower() in media.VIDEOS else infer.FPS
-        clips.append(dict(name=name, path=path, fps=fps, hr=hr, lr=lr, pred=pred, hr_file=files[1], lr_file=files[2]))
+        clips.append(dict(name=name, path=path, hr=hr, lr=lr, pred=pred, hr_file=files[1], lr_file=files[2]))
     return clips, warnings
 
 
@@ -482,6 +483,14 @@ def make(cfg, device):
     for source in rows.values():
         if isinstance(source, dict):
             source["sha256"] = data.sha256(source["path"])
+            state = M.read_checkpoint(source["path"])
+            if state["step"] < state["total"]:
+                warnings.append(f"{source['path']}: unfinished, step {state['step']} of {state['total']}")
+    for n in (2, 3):
+        before, path = (f"{cfg.out}/stage{k}/last.pt" for k in (n - 1, n))
+        there = os.path.isfile(before) and os.path.isfile(path)
+        if there and common.contents(before) not in M.read_checkpoint(path)["source"]:
+            warnings.append(f"{path}: made from another {before} than the one that is there")
     if isinstance(rows["stage3"], dict) and rows["stage3"]["path"] == cfg.student:
         warnings.append(f"{cfg.out} holds no stage: the row {ROWS['stage3']} is of {cfg.student}")
     clips = read_clips(cfg)

@@ -325,8 +325,8 @@ def niqe_features(frame, block=96):
         mu, mu_2 = F.conv2d(F.conv2d(both, window.view(1, 1, 7, 1)), window.view(1, 1, 1, 7)).float()
         x = (y - mu) / ((mu_2 - mu * mu).abs().sqrt() + 1)
         x = rearrange(x, "1 (n p) (m q) -> (m n) p q", p=size, q=size)
-        features = [fit_aggd(x.flatten(1))[:, [0, 2, 3]]]
-        features[0] = np.stack([features[0][:, 0], features[0][:, 1:].mean(1)], axis=1)
+        alpha, _, left, right = fit_aggd(x.flatten(1)).T
+        features = [np.stack([alpha, (left + right) / 2], axis=1)]
         for shift in ((0, 1), (1, 0), (1, 1), (1, -1)):         # products of neighbours in four directions
             features.append(fit_aggd((x * torch.roll(x, shift, (1, 2))).flatten(1)))
         scales.append(np.concatenate(features, axis=1))         # (blocks, 18)

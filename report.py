@@ -127,10 +127,10 @@ def page_clips(names, shown, budget):
     return clips
 
 
-def best_rows(rows, metric, direction):
+def best_rows(rows, metric, direction, digits):
     """Rows (the ground truth is no competitor) that share the best value, to the digits that are shown."""
     better = {"up": lambda v: -v, "down": lambda v: v, "one": lambda v: abs(v - 1)}.get(direction)
-    values = {row: v[metric] for row, v in rows.items() if row != "HR" and v[metric] is not None}
+    values = {row: round(v[metric], digits) for row, v in rows.items() if row != "HR" and v[metric] is not None}
     if better is None or metric in ("calls", "seconds") or len(values) < 2:
         return set()
     top = min(map(better, values.values()))
@@ -139,7 +139,7 @@ def best_rows(rows, metric, direction):
 
 def html_table(rows, titles, columns):
     arrow = {"up": " \N{UPWARDS ARROW}", "down": " \N{DOWNWARDS ARROW}", "one": " \N{RIGHTWARDS ARROW}1", "": ""}
-    best = {k: best_rows(rows, k, direction) for k, (_, direction, _) in columns.items()}
+    best = {k: best_rows(rows, k, *rule) for k, (_, *rule) in columns.items()}
     head = "".join(f'<th scope="col" title="{html.escape(MEANING.get(k, heading))}">{heading}{arrow[direction]}</th>'
                    for k, (heading, direction, _) in columns.items())
     lines = [f'<tr><td></td>{head}</tr>']

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import common
 import data
 import degradation
 import evaluate
@@ -29,7 +30,8 @@ def write_clips(folder):
 
 def fake(step):
     """As much of a checkpoint as evaluate.py itself reads."""
-    return {"stage": "stage1", "config": {"model": "tiny", "cfg_w": 0.7}, "step": step, "total": step, "vae": {}}
+    return {"stage": "stage1", "config": {"model": "tiny", "cfg_w": 0.7}, "step": step, "total": step, "vae": {},
+            "source": ""}
 
 
 @pytest.fixture
@@ -52,6 +54,33 @@ def run(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate.infer, "load", load)
     cfg = evaluate.Config(out="out", clips="val", frames=FRAMES, teacher_steps=6, teacher="", student="")
     return cfg, calls
+
+
+def test_unfinished_and_older_stages_are_named(run, tmp_path):
+    cfg, _ = run
+    (tmp_path / "out/stage2").mkdir()
+    torch.save(fake(2) | {"total": 9}, "out/stage2/last.pt")
+    torch.save(fake(3) | {"source": repr([common.contents("out/stage2/last.pt"), "bank"])}, "out/stage3/last.pt")
+
+    def said():
+        evaluate.main(cfg)
+        return json.loads((tmp_path / "out/report/metrics.json").read_text())["warnings"]
+    first, second = said()
+    assert first == "out/stage2/last.pt: unfinished, step 2 of 9"
+    assert second == "out/stage2/last.pt: made from another out/stage1/last.pt than the one that is there"
+    torch.save(fake(2) | {"source": common.contents("out/stage1/last.pt")}, "out/stage2/last.pt")
+    assert said() == ["out/stage3/last.pt: made from another out/stage2/last.pt than the one that is there"]
+
+
+def test_clips_that_would_be_mixed_up_are_refused(run, tmp_path):
+    cfg, _ = run
+    cfg.frames = -3
+    with pytest.raises(SystemExit, match="take 4k . 1, such as 1"):
+        evaluate.read_clips(cfg)
+    cfg.frames = FRAMES
+    shutil.copy(tmp_path / "val/a.mkv", tmp_path / "val/a.mp4")
+    with pytest.raises(SystemExit, match="videos of one name and two endings"):
+        evaluate.read_clips(cfg)
 
 
 def test_numbers_pages_and_cache(run, tmp_path, capsys):
