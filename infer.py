@@ -195,7 +195,7 @@ def upscale_film(film, unfinished, parts, upscaler, progress):
         have += itertools.islice(reader, end - start - len(have))
         at = start
         if len(have) < end - start:
-            raise ValueError(f"frame {start + len(have)} cannot be read")
+            raise ValueError(f"{unfinished.target}: frame {start + len(have)} of its input cannot be read")
         out = upscaler(np.stack(have), start=start)
         if blend and tail is not None:
             weight = torch.arange(blend, device=out.device)[:, None, None] / blend      # the first frame is the old one
@@ -233,9 +233,10 @@ def jobs(source, target, resume=False):
     if not files:
         raise ValueError(f"{source}: no videos or pictures in this folder")
     if media.numbered(files):
-        if target.suffix.lower() == ".png" and len(files) > 1:
+        one = target.suffix.lower() == ".png"
+        if one and len(files) > 1:
             raise ValueError(f"{target}: one picture for {len(files)} frames; name a folder, .mp4 or .mkv")
-        return [(files, target)]
+        return [(files[0] if one else files, target)]
     if target.suffix:
         raise ValueError(f"{target}: {source} holds {len(files)} separate files; name a folder")
     outputs = [target / (p.stem + (".mp4" if p.suffix.lower() in media.VIDEOS else ".png")) for p in files]
@@ -285,7 +286,7 @@ def arguments(argv):
     cli.add_argument("--seed", type=int, default=0, help="of the noise")
     cli.add_argument("--tile", type=int, default=0, help="output pixels seen at once (default: as in training)")
     cli.add_argument("--chunk", type=int, default=57, help="frames in memory at once, 4k + 1 (default 57)")
-    cli.add_argument("--overlap", type=int, default=4, help="frames blended between chunks, 4k (default 4)")
+    cli.add_argument("--overlap", type=int, help="frames blended between chunks, 4k (default 4; 0 if --chunk is short)")
     cli.add_argument("--color", choices=list(COLORS), default="wavelet", help="what keeps the input's colours")
     cli.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     cli.add_argument("--resume", action="store_true", help="go on with an interrupted run")
@@ -294,6 +295,8 @@ def arguments(argv):
         raise SystemExit(f"--steps {args.steps}: at least 1")
     if args.chunk % 4 != 1 or args.chunk < 5:
         raise SystemExit(f"--chunk {args.chunk}: 4k + 1, such as {max(5, args.chunk // 4 * 4 + 1)}")
+    if args.overlap is None:
+        args.overlap = min(4, (args.chunk - 3) // 8 * 4)
     if args.overlap % 4 or not 0 <= args.overlap <= (args.chunk - 3) // 2:
         raise SystemExit(f"--overlap {args.overlap}: 4k, and under half of --chunk {args.chunk}")
     if args.tile and args.tile < 32:

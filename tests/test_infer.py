@@ -512,6 +512,18 @@ def test_mistakes_get_one_line(checkpoint, tmp_path):
     assert not (tmp_path / "out.mp4").exists() and not list(tmp_path.glob(".*"))
 
 
+def test_a_short_chunk_takes_an_overlap_that_fits():
+    for chunk, overlap in (("5", 0), ("9", 0), ("13", 4), ("57", 4)):
+        assert infer.arguments(["in", "out", "--chunk", chunk]).overlap == overlap
+
+
+def test_a_folder_of_one_numbered_picture_becomes_a_picture(plain, tmp_path):
+    (tmp_path / "one").mkdir()
+    Image.fromarray(scene(0, 1, 16, 24)[0]).save(tmp_path / "one/img1.png")
+    infer.main([str(tmp_path / "one"), str(tmp_path / "out.png")])
+    assert Image.open(tmp_path / "out.png").size == (96, 64)
+
+
 def test_what_can_be_read_of_a_damaged_file_is_kept(plain, tmp_path, capsys):
     media.write_video(tmp_path / "whole.mp4", np.random.default_rng(0).integers(0, 256, (30, 48, 48, 3), np.uint8), 24)
     (tmp_path / "cut.mp4").write_bytes((tmp_path / "whole.mp4").read_bytes()[:-60000])
