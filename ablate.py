@@ -232,7 +232,8 @@ def forward_seconds(path, cfg, device):
     z = torch.zeros(cfg.batch, net.head.head.out_features // 4, clip["window"], side, side, device=device)
     for _ in range(3):
         start = time.perf_counter()
-        M.one_step(net, z, z).sum().item()
+        with common.autocast(device):
+            M.one_step(net, z, z).sum().item()
         seconds.append(time.perf_counter() - start)
     return min(seconds)
 

@@ -209,10 +209,6 @@ class Clips:
         files = [(str(p.relative_to(self.folder)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
         return [common.code(sys.modules[__name__], degradation, media), self.seed, asdict(self.strength), files]
 
-    def __len__(self):
-        """Clips that do not overlap in time, and one for each photograph; any index is valid, though."""
-        return sum((b - a) // self.frames for _, a, b in self.shots) + len(self.photos)
-
     def hr(self, rng):
         """One clip, uint8 (F, size, size, 3)."""
         if self.photos and (not self.shots or rng.random() >= 0.6):
@@ -352,14 +348,17 @@ def training_bank(cfg, rank, latents=""):
     """
     clip = clip_row(cfg.model)
     if latents:
-        return LatentBank(latents, cfg.model, cfg.seed), clip
+        bank, side = LatentBank(latents, cfg.model, cfg.seed), clip["crop"] // M.vae_class(cfg.model).stride
+        if tuple(bank.about["shape"][2:]) != ((clip["frames"] - 1) // 4 + 1, side, side):
+            raise SystemExit(f"{latents}: of clips of another size than CLIPS in data.py has; prepare them again")
+        return bank, clip
     clips = Clips(cfg.data, clip["frames"], clip["size"], clip["strength"], cfg.seed)
     cache = Path(cfg.out).parent / "cache"
     if rank > 0:
-        torch.distributed.barrier()
+        common.barrier()
     bank = Bank(clips, cfg.clips, cache, clip["crop"])
-    if rank == 0 and torch.distributed.is_initialized():
-        torch.distributed.barrier()
+    if rank == 0:
+        common.barrier()
     return bank, clip
 
 
@@ -406,7 +405,8 @@ def fingerprint(vae):
 class LatentBank:
     """Clips that were degraded and encoded once, by `data.py prepare --latents`: a large video code costs a quarter of
     a training step. FILE holds rows of (3, C, T, H, W) fp16, the latents of HR, LR and the softened HR; FILE.pt the
-    code, the shape and how many rows are done.
+    code, the shape and how many rows are done. Unlike in Bank a clip is always the same crop, never flipped, and its
+    softened HR has one strength of blur.
     """
 
     def __init__(self, path, model, seed=0):
@@ -610,7 +610,7 @@ def main(argv=None):
     cut.add_argument("--latents", help="instead: file to write latents into, for the --latents of the stages")
     cut.add_argument("--data", default="samples/train", help="folder of videos and photographs (default %(default)s)")
     cut.add_argument("--model", default="wan1.3b", choices=list(CLIPS), help="whose code (default %(default)s)")
-    cut.add_argument("--vae", help="Wan2.1's video code, file or folder; or a checkpoint of this project")
+    cut.add_argument("--vae", help="wan1.3b: Wan2.1's video code, file or folder; else a checkpoint of this project")
     cut.add_argument("--clips", type=int, default=2000, help="how many (default %(default)s)")
     cut.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     text = commands.add_parser("prompts", help="turn the three prompts of the real base into tensors")
@@ -625,8 +625,10 @@ def main(argv=None):
             parser.error("--latents needs --vae: the video code that encodes")
         if args.clips < 1:
             parser.error("--clips: at least 1")
-        if args.device != "cpu" and not torch.cuda.is_available():
-            parser.error(f"--device {args.device}: not available")
+        try:
+            torch.zeros(1, device=args.device)
+        except (RuntimeError, AssertionError) as error:
+            parser.error(f"--device {args.device}: not available ({str(error).splitlines()[0]})")
         prepare_latents(args.latents, args.data, args.model, open_vae(args.model, args.vae).to(args.device), args.clips,
                         device=args.device)
     elif args.command == "prepare":

@@ -18,7 +18,6 @@ With each candidate's own noise the reference reproduces both at t = 1, and the 
 uniform, as the z_t of the formula suggests, though the student only ever runs at t = 1 (dpo_t = "one": there alone).
 """
 import json
-import os
 from copy import deepcopy
 from dataclasses import dataclass
 
@@ -169,6 +168,8 @@ def make_pair(i, student, vae, bank, clip, cfg, scorer, device):
     with common.autocast(device):
         z = torch.cat([M.sample(velocity, e[None], z_lr, 1) for e in eps])
     scores = scorer([data.to_uint8(vae.draw_onto(up, z_lr, x[None])) for x in z], lr)  # infer.py's, before its colours
+    if not np.isfinite(scores).all():
+        raise SystemExit(f"scorer {cfg.scorer}: no score for an output of clip {i % len(bank)}; use another")
     best, worst, margin = rank_pair(scores)
     win, lose, z_lr, noise = (x.half().cpu() for x in (z[best], z[worst], z_lr[0], eps[[best, worst]]))
     return {"win": win, "lose": lose, "lr": z_lr, "noise": noise,
@@ -251,7 +252,7 @@ def main(cfg):
     order = sorted(range(cfg.pairs), key=lambda i: -pairs[i]["record"]["margin"])
     order = order[:max(1, round(cfg.keep * cfg.pairs))]
     kept = [pairs[i] for i in order]
-    if rank == 0 and (missing or not os.path.exists(f"{out_dir}/pairs.png")):
+    if rank == 0:
         records = [pair["record"] | {"kept": i in order} for i, pair in enumerate(pairs)]
         common.put(f"{out_dir}/pairs.json", json.dumps({"scorer": cfg.scorer, "pairs": records}, indent=1))
         show_pairs(f"{out_dir}/pairs.png", kept[:4], vae, device)

@@ -475,6 +475,18 @@ def test_dpo_starts_at_ln_2_and_pairs_are_reused(chain, tmp_path, monkeypatch):
     stage3.main(cfg)
     assert again == [1] and torch.equal(stage3.read_pair(f"{cfg.out}/stage3/pairs/00001.pt")["win"], was)
     assert checkpoint(cfg, "stage3")["step"] == 6
+    os.remove(f"{cfg.out}/stage3/last.pt")
+    cfg.keep = 0.3                                              # the list of pairs is always that of this run
+    stage3.main(cfg)
+    records = json.load(open(f"{cfg.out}/stage3/pairs.json"))["pairs"]
+    assert again == [1] and sum(r["kept"] for r in records) == 1
+
+
+def test_a_scorer_without_a_score_is_one_line(chain, tmp_path, monkeypatch):
+    cfg = fork(chain, stage3, tmp_path, ["stage0", "stage1", "stage2"])
+    monkeypatch.setattr(stage3, "make_scorer", lambda name: lambda candidates, lr: np.array([math.nan, 1.0, 2.0, 0.0]))
+    with pytest.raises(SystemExit, match="scorer proxy: no score for an output of clip 0; use another"):
+        stage3.main(cfg)
 
 
 @pytest.mark.parametrize("changes, zero", [(dict(dpo_t="one"), False), (dict(), False), (dict(anchor=0.0), False),
@@ -953,6 +965,15 @@ def test_dpo_through_adapters(chain, tmp_path):
     assert_equal(checkpoint(whole, "stage3")["student"], checkpoint(cfg, "stage3")["student"])
 
 
+def test_a_finished_run_keeps_its_notes(chain, tmp_path, monkeypatch):
+    cfg = fork(chain, stage1, tmp_path, ["stage0"])
+    stage1.main(cfg)
+    monkeypatch.setattr(common, "commit", lambda: "later")
+    cfg.resume = True
+    stage1.main(cfg)
+    assert json.load(open(f"{cfg.out}/stage1/run.json"))["commit"] != "later"
+
+
 def test_stages_train_on_cached_latents(chain, tmp_path, footage, monkeypatch):
     """Encoded once, interrupted and gone on with, the latents are those of the clips; every stage takes them."""
     vae = M.load_checkpoint(f"{chain[stage0].out}/stage0/last.pt", "ema")[1]
@@ -989,6 +1010,9 @@ def test_stages_train_on_cached_latents(chain, tmp_path, footage, monkeypatch):
     hr, lr = hr[:, 4 * y:4 * y + 32, 4 * x:4 * x + 32], lr[:, y:y + 8, x:x + 8]
     want = vae.encode(data.to_tensor(hr)[None]), vae.encode(data.upsample(data.to_tensor(lr)[None], (32, 32)))
     bank = data.LatentBank(path, "tiny")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit, match="clips of another size than CLIPS"):
+        patch.setitem(data.CLIPS, "tiny", SMALL_CLIP | dict(crop=16))
+        data.training_bank(chain[stage0], 0, path)
     got = bank.latents(vae, 0, 5, "cpu")
     k = int((got[0] - want[0]).abs().flatten(1).amax(1).argmin())
     for a, b in zip(got, want, strict=True):
