@@ -100,6 +100,7 @@ COLUMNS = {                         # metric: (heading, direction in which it ge
     "temporal_ratio": ("temporal/HR", "down", 2),
     "flicker":        ("flicker", "", 2),       # neither way: blur has less than the truth
     "grid":           ("grid", "one", 3),
+    "lattice":        ("lattice %", "down", 1),
     "seam":           ("seam", "one", 3),
     "chunk":          ("chunk", "one", 2),
     "lr_consistency": ("LR PSNR", "", 2),       # very high repeats the input's noise
@@ -256,6 +257,7 @@ def score(row, source, output, clip, cfg, extra):
     if row != "HR":
         values |= {"seconds": seconds, "calls": source["steps"] * (2 if source["w"] else 1) if source else nan}
     values |= {"flicker": metrics.flicker(frames), "grid": metrics.grid(frames),
+               "lattice": metrics.lattice(frames),
                "seam": metrics.seam(frames, cfg.seam), "chunk": metrics.chunk_jump(frames, cfg.chunk)}
     if lr is not None and frames.shape[1] % lr.shape[1] == 0 == frames.shape[2] % lr.shape[2]:
         values["lr_consistency"] = metrics.lr_consistency(frames, lr)

@@ -234,6 +234,20 @@ def grid(frames, period=(4, 8)):
     return float(max(ratios, default=float("nan")))
 
 
+def lattice(frames, period=8):
+    """A fine pattern that every token repeats at the same place: its share of the detail of smooth areas, percent.
+
+    Detail: Y less its mean with the pixels two away, cut off at 6 levels, so that strong edges do not count. The
+    pattern: its mean over all blocks of `period` pixels and all frames. Video has 1 to 2, which is chance.
+    """
+    y = luma(frames)
+    around = sum(np.roll(y, step, axis) for step in (2, -2) for axis in (1, 2))
+    detail = np.clip(y - (4 * y + around) / 8, -6, 6)
+    h, w = (side // period * period for side in y.shape[1:])
+    tile = rearrange(detail[:, :h, :w], "F (n p) (m q) -> (F n m) p q", p=period, q=period).mean(0, dtype=np.float64)
+    return float(100 * tile.std() / max(detail.std(), 1e-6))
+
+
 def seam(frames, period):
     """Visible borders of tiles: mean |jump| of Y across them over the mean 8 pixels away; 1.0 is no seam.
 

@@ -27,6 +27,8 @@ MEANING = {                     # what a reader of the table needs to know about
     "temporal_ratio": "That error over the ground truth's own change from frame to frame; as large as it at 1.",
     "flicker": "No reference: change over time that no straight motion explains, grey levels. Blur has too little.",
     "grid": "No reference: jumps across borders of 4 and 8 pixel blocks over jumps inside. 1 is no grid.",
+    "lattice": "No reference: a fine pattern with the period of the network's tokens, as a share of the detail of "
+               "smooth areas, percent. 1 to 2 is none.",
     "lr_consistency": "PSNR of the output, shrunk again, against the input. Low: it shows something else. "
                       "Very high: it repeats the input's noise. The ground truth's own value is the mark.",
     "seam": "No reference: jumps across the borders of the network's tiles over those 8 pixels away. 1 is no seam.",

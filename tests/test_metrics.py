@@ -174,6 +174,19 @@ def test_grid_sees_blocks(period):
     assert metrics.grid(np.full((1, 32, 32, 3), 7, np.uint8)) == pytest.approx(1)
 
 
+def test_lattice_is_the_share_of_what_every_token_repeats():
+    wave = np.sin(2 * np.pi * np.arange(128) / 4)                       # two pixels away it is its negative
+    noise = np.random.default_rng(0).normal(128, 2, (8, 96, 128, 1)).repeat(3, 3)
+    x, both = (v.round().astype(np.uint8) for v in (noise, noise + 2 * wave[None, None, :, None]))
+    assert metrics.lattice(x) < 4                                       # chance, 100 / sqrt(8 * 12 * 16) = 2.6
+    # detail: of the wave 1/2, (4 w - 2 w + 2 w) / 8 taken away; of noise 1/2 and a sixteenth of each of 4 neighbours
+    wave, grain = 0.5 * 2 / 2 ** 0.5, 2 * (0.5 ** 2 + 4 / 64) ** 0.5
+    want = 100 * wave / (wave ** 2 + grain ** 2) ** 0.5
+    assert metrics.lattice(both) == pytest.approx(want, rel=0.05)
+    assert metrics.lattice(both[:, 3:, 5:]) == pytest.approx(want, rel=0.05)    # wherever blocks begin
+    assert metrics.lattice(np.full((2, 32, 32, 3), 7, np.uint8)) == 0
+
+
 def test_seam_sees_tiles_and_not_the_grid_of_tokens():
     rng = np.random.default_rng(0)
     x = rng.integers(90, 110, (3, 256, 256, 1)).repeat(3, -1).astype(np.uint8)
