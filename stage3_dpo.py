@@ -59,7 +59,7 @@ class Config:
     dpo_beta: float = 0.0           # beta of the mean-reduced loss; 0: 2 / (alpha median |winner - loser|^2) [ours]
     beta_mode: str = "constant"     # "constant", or "flow": beta (1 - t)^2, which is 0 at t = 1 [VideoAlign]
     anchor: float = 1.0             # times beta / (4 alpha), on |x - x_ref|^2; 0: none [ours]
-    alpha: float = 4.0              # at t = 1 the output moves by at most alpha E[winner - loser | LR] [ours: LOG.md]
+    alpha: float = 2.0              # at t = 1 the output moves by at most alpha E[winner - loser | LR] [ours: LOG.md]
     own_noise: bool = False         # replay each candidate's own noise, at t = 1 a saddle: see beta in main
     log_every: int = 5              # steps between log lines
     save_every: int = 20            # steps between checkpoints and panels
