@@ -485,9 +485,10 @@ def make(cfg, device):
     for source in rows.values():
         if isinstance(source, dict):
             source["sha256"] = data.sha256(source["path"])
-            state = M.read_checkpoint(source["path"])
-            if state["step"] < state["total"]:
-                warnings.append(f"{source['path']}: unfinished, step {state['step']} of {state['total']}")
+    for path in dict.fromkeys(source["path"] for source in rows.values() if isinstance(source, dict)):
+        state = M.read_checkpoint(path)
+        if state["step"] < state["total"]:
+            warnings.append(f"{path}: unfinished, step {state['step']} of {state['total']}")
     for n in (2, 3):
         before, path = (f"{cfg.out}/stage{k}/last.pt" for k in (n - 1, n))
         there = os.path.isfile(before) and os.path.isfile(path)

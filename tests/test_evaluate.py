@@ -72,6 +72,20 @@ def test_unfinished_and_older_stages_are_named(run, tmp_path):
     assert said() == ["out/stage3/last.pt: made from another out/stage2/last.pt than the one that is there"]
 
 
+def test_an_unfinished_teacher_of_two_rows_is_named_once(run, tmp_path):
+    cfg, _ = run
+    torch.save(fake(0) | {"total": 5}, "out/stage0/last.pt")
+    evaluate.main(cfg)
+    warnings = json.loads((tmp_path / "out/report/metrics.json").read_text())["warnings"]
+    assert warnings == ["out/stage0/last.pt: unfinished, step 0 of 5"]
+
+
+@pytest.mark.parametrize("preset", ["tiny", "small", "wan1.3b"])
+def test_seams_are_looked_for_where_the_tiles_meet(preset):
+    cfg = evaluate.Config(**evaluate.PRESETS[preset])
+    assert cfg.seam == data.CLIPS[preset]["crop"] - 4 * evaluate.M.vae_class(preset).stride     # tiled: 4 shared
+
+
 def test_clips_that_would_be_mixed_up_are_refused(run, tmp_path):
     cfg, _ = run
     cfg.frames = -3
