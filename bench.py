@@ -394,9 +394,7 @@ def main(argv=None):
         raise SystemExit(f"--repeats {args.repeats}: at least 1")
     if args.compile and args.what not in ("dit", "inference"):
         raise SystemExit("--compile: for dit or inference, such as python bench.py dit --compile")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("--device cuda: not available")
-    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+    device = common.device_named(args.device)
     if args.preset == "wan1.3b" and device.type == "cpu" and args.what != "student":
         raise SystemExit("--preset wan1.3b needs a GPU; try --preset tiny")
     print(f"{machine(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}")

@@ -102,6 +102,16 @@ def setup():
     return rank, world, device
 
 
+def device_named(name):
+    """The torch device of --device; "auto": a GPU if there is one. SystemExit if it is not available."""
+    try:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise SystemExit(f"--device {name}: not available ({str(error).splitlines()[0]})") from None
+    return device
+
+
 def autocast(device):
     """bf16 on a GPU; on a CPU fp32, as everywhere else."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")

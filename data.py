@@ -348,10 +348,7 @@ def training_bank(cfg, rank, latents=""):
     """
     clip = clip_row(cfg.model)
     if latents:
-        bank, side = LatentBank(latents, cfg.model, cfg.seed), clip["crop"] // M.vae_class(cfg.model).stride
-        if tuple(bank.about["shape"][2:]) != ((clip["frames"] - 1) // 4 + 1, side, side):
-            raise SystemExit(f"{latents}: of clips of another size than CLIPS in data.py has; prepare them again")
-        return bank, clip
+        return LatentBank(latents, cfg.model, cfg.seed), clip
     clips = Clips(cfg.data, clip["frames"], clip["size"], clip["strength"], cfg.seed)
     cache = Path(cfg.out).parent / "cache"
     if rank > 0:
@@ -402,6 +399,13 @@ def fingerprint(vae):
     return zlib.crc32(b"".join(x.float().cpu().numpy().tobytes() for x in vae.state_dict().values()))
 
 
+def latent_shape(model):
+    """Of a row of LatentBank: HR, LR and softened HR, (3, C, T, H, W)."""
+    clip, vae = clip_row(model), M.vae_class(model)
+    side = clip["crop"] // vae.stride
+    return 3, vae.channels, (clip["frames"] - 1) // 4 + 1, side, side
+
+
 class LatentBank:
     """Clips that were degraded and encoded once, by `data.py prepare --latents`: a large video code costs a quarter of
     a training step. FILE holds rows of (3, C, T, H, W) fp16, the latents of HR, LR and the softened HR; FILE.pt the
@@ -413,6 +417,8 @@ class LatentBank:
         self.about = read_latents_about(path)
         if self.about["model"] != model:
             raise SystemExit(f"{path}: latents for the model {self.about['model']}, not {model}")
+        if tuple(self.about["shape"]) != latent_shape(model):
+            raise SystemExit(f"{path}: of clips of another size than CLIPS in data.py has; prepare them again")
         if self.about["done"] < self.about["count"]:
             raise SystemExit(f"{path}: {self.about['done']} of {self.about['count']} clips; the command that made it "
                              "goes on where it stopped")
@@ -464,8 +470,7 @@ def prepare_latents(path, folder, model, vae, count, seed=0, device="cpu", save_
     """Degrade and encode `count` clips of a folder of media into a file for LatentBank; goes on where it stopped."""
     clip = clip_row(model)
     clips = Clips(folder, clip["frames"], clip["size"], clip["strength"], seed)
-    side, T = clip["crop"] // vae.stride, (clip["frames"] - 1) // 4 + 1
-    about = {"model": model, "shape": (3, vae.channels, T, side, side), "count": count, "done": 0,
+    about = {"model": model, "shape": latent_shape(model), "count": count, "done": 0,
              "vae": vae.state_dict(), "vae_id": fingerprint(vae), "source": json.dumps(clips.stamp())}
     size = 2 * count * math.prod(about["shape"])
     if Path(f"{path}.pt").exists():
@@ -612,7 +617,7 @@ def main(argv=None):
     cut.add_argument("--model", default="wan1.3b", choices=list(CLIPS), help="whose code (default %(default)s)")
     cut.add_argument("--vae", help="wan1.3b: Wan2.1's video code, file or folder; else a checkpoint of this project")
     cut.add_argument("--clips", type=int, default=2000, help="how many (default %(default)s)")
-    cut.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    cut.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     text = commands.add_parser("prompts", help="turn the three prompts of the real base into tensors")
     text.add_argument("--encoder", required=True, help="UMT5: a folder, or a hub name such as google/umt5-xxl")
     text.add_argument("--out", required=True, help="prompts.safetensors")
@@ -625,12 +630,9 @@ def main(argv=None):
             parser.error("--latents needs --vae: the video code that encodes")
         if args.clips < 1:
             parser.error("--clips: at least 1")
-        try:
-            torch.zeros(1, device=args.device)
-        except (RuntimeError, AssertionError) as error:
-            parser.error(f"--device {args.device}: not available ({str(error).splitlines()[0]})")
-        prepare_latents(args.latents, args.data, args.model, open_vae(args.model, args.vae).to(args.device), args.clips,
-                        device=args.device)
+        device = common.device_named(args.device)
+        prepare_latents(args.latents, args.data, args.model, open_vae(args.model, args.vae).to(device), args.clips,
+                        device=device)
     elif args.command == "prepare":
         if not (args.film and args.out):
             parser.error("--film and --out, or --latents")

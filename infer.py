@@ -307,13 +307,7 @@ def arguments(argv):
 def main(argv=None):
     args = arguments(argv)
     common.keep_memory()
-    try:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else \
-            torch.device(args.device)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise SystemExit(f"--device {args.device}: not available ({str(error).splitlines()[0]})") from None
-    failed = 0
+    device, failed = common.device_named(args.device), 0
     try:
         todo = jobs(args.input, args.output, args.resume)
         upscaler = partial(load(args.ckpt, args.part, device, args.tile), steps=args.steps, w=args.w, seed=args.seed,

@@ -28,7 +28,7 @@ def shrunk(monkeypatch):
     monkeypatch.setitem(stage2.PRESETS, "wan1.3b", stage2.PRESETS["wan1.3b"] | {"head_channels": 8})
     monkeypatch.setattr(M, "WanVAE", functools.partial(M.WanVAE, **CODE))
     monkeypatch.setattr(common, "panel", lambda *args: None)
-    M.WanVAE.stride = 8
+    M.WanVAE.stride, M.WanVAE.channels = 8, 16
     return row
 
 
