@@ -440,7 +440,7 @@ def arguments(argv):
 
 def main(argv=None):
     args = arguments(argv)
-    arms, folder, device = arms_of(args), Path(args.out, "ablate", args.name), common.setup()[2]
+    arms, folder, device = arms_of(args), Path(args.out, "ablate", args.name), common.device_named("auto")
     if folder.exists() and not args.resume:
         raise SystemExit(f"{folder} exists: add --resume to go on with it, or remove it")
     for arm in arms.values():

@@ -103,7 +103,10 @@ def setup():
 
 
 def device_named(name):
-    """The torch device of --device; "auto": a GPU if there is one. SystemExit if it is not available."""
+    """The torch device of --device; "auto": a GPU if there is one. SystemExit if it is not available, and under
+    torchrun: only stages share their work."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise SystemExit("several processes would do the same work: leave out torchrun, which is for stages")
     try:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else torch.device(name)
         torch.zeros(1, device=device)

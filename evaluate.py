@@ -515,7 +515,7 @@ def main(cfg):
         raise SystemExit("--seam: 16 pixels at least; --chunk, --seeds, --max_clips, --teacher_steps: 1 at least")
     if cfg.pred and any(Path(cfg.out).glob("stage*/last.pt")):
         raise SystemExit(f"{cfg.out} holds stages, whose report this one would replace: name another --out")
-    device = common.setup()[2]
+    device = common.device_named("auto")
     common.keep_memory()
     out = Path(cfg.out, "report")
     common.make_folder(out)

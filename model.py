@@ -25,6 +25,7 @@ import itertools
 import math
 import os
 import re
+import threading
 from pathlib import Path
 
 import torch
@@ -536,6 +537,7 @@ class WanVAE(nn.Module):
         except ImportError:
             raise SystemExit("Wan's video code needs diffusers: pip install -r requirements-wan.txt") from None
         self.dtype = dtype
+        self.alone = threading.Lock()                                   # diffusers' module keeps a clip's last frames
         self.register_buffer("mean", torch.tensor(self.MEAN).view(1, 16, 1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(self.STD).view(1, 16, 1, 1, 1), persistent=False)
         self.code = AutoencoderKLWan(**config).requires_grad_(False)
@@ -549,13 +551,13 @@ class WanVAE(nn.Module):
         """(B, 3, F, 8H, 8W) in [-1, 1] -> (B, 16, T, H, W)."""
         if (video.shape[2] - 1) % 4 or video.shape[3] % 8 or video.shape[4] % 8:
             raise ValueError(f"video {tuple(video.shape)}: F must be 4 n + 1, height and width multiples of 8")
-        with torch.autocast(video.device.type, enabled=False):
+        with self.alone, torch.autocast(video.device.type, enabled=False):
             z = self.code.encode(video.to(self.dtype)).latent_dist.mean
         return (z.float() - self.mean) / self.std
 
     def decode(self, z):
         """(B, 16, T, H, W) -> (B, 3, F, 8H, 8W), clamped to [-1, 1]."""
-        with torch.autocast(z.device.type, enabled=False):
+        with self.alone, torch.autocast(z.device.type, enabled=False):
             return self.code.decode((z.float() * self.std + self.mean).to(self.dtype)).sample.float()
 
     def draw_onto(self, video, z, z_0):

@@ -9,7 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+import ablate
+import bench
 import common
+import evaluate
+import infer
 import model as M
 
 
@@ -125,6 +129,16 @@ def test_more_processes_than_gpus_is_one_line(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(SystemExit, match="--nproc_per_node=1; or CUDA_VISIBLE_DEVICES= for CPUs"):
         common.setup()
+
+
+@pytest.mark.parametrize("main", [lambda: evaluate.main(evaluate.Config()), lambda: ablate.main(["streams"]),
+                                  lambda: infer.main(["in.mp4", "out.mp4"]), lambda: bench.main([])])
+def test_what_shares_no_work_refuses_torchrun(main, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit, match="leave out torchrun"):
+        main()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_run_on_a_gpu_ends_with_its_peak_memory(monkeypatch, capsys):

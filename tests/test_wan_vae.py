@@ -4,6 +4,7 @@ The original modules are described here once more, by hand: the names that the l
 """
 import functools
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 
 import diffusers
 import numpy as np
@@ -220,6 +221,15 @@ def test_gradients_reach_the_video_and_not_the_weights(reference):
     vae, video = ours(reference), clip().requires_grad_()
     vae.decode(vae.encode(video)).square().sum().backward()
     assert video.grad.abs().sum() > 0 and not any(p.requires_grad for p in vae.parameters())
+
+
+def test_threads_may_share_it(reference):
+    """As in evaluate.py on a CPU. diffusers' module keeps the last frames of a clip in itself: two would mix."""
+    vae, videos = ours(reference), [clip(9, 64, 64).flip(k) for k in ((), (2,), (3,), (4,))]
+    want = [vae.decode(vae.encode(video)) for video in videos]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda video: vae.decode(vae.encode(video)), videos))
+    assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
 
 
 def test_wrong_sizes_are_refused(reference):
