@@ -352,6 +352,12 @@ def read_log(out_dir, name="log.jsonl"):
     return lines
 
 
+def log_row(out_dir, name, step, **values):
+    """One JSON line in out_dir/name, in place of those that a stopped run wrote at this step or later."""
+    rows = [row for row in read_log(out_dir, name) if row["step"] < step] + [{"step": step, **values}]
+    put(f"{out_dir}/{name}", "".join(json.dumps(row) + "\n" for row in rows))
+
+
 def panel(path, columns, verdicts=()):
     """A PNG of the middle frames of some clips, and next to it loss.png, every number of log.jsonl over the step.
 

@@ -29,7 +29,6 @@ Only for comparison (ablate.py): regression in place of the streams, and a stude
 Names: z_0 is the student's output here, z_hr the latent of HR (z_0 in stages 0 and I); eps_in the noise the student
 starts from, eps the one that is added to z_0 at time t.
 """
-import json
 import math
 import statistics
 from copy import deepcopy
@@ -431,9 +430,7 @@ def main(cfg):
                 x_real, x_fake = (M.to_x0(z_t, score(net, z_t, t, z_lr)[0], t) for net in (real, fake))
             rows = spatial_offsets(lambda z_t, t, z_lr=z_lr: M.to_x0(z_t, score(real, z_t, t, z_lr)[0], t),
                                    z_0, z_hr, vae, torch.randn_like(z_0))    # not the noise that made z_0
-            seen = [x for x in common.read_log(out_dir, "offsets.jsonl") if x["step"] < done]
-            common.put(f"{out_dir}/offsets.jsonl",
-                       "".join(json.dumps(x) + "\n" for x in [*seen, {"step": done, "px": rows}]))
+            common.log_row(out_dir, "offsets.jsonl", done, px=rows)
             common.panel(f"{out_dir}/panel.png", {
                 "LR": vae.decode(z_lr), "student": vae.decode(z_0), "real score's x0, t = 0.5": vae.decode(x_real),
                 "fake score's x0": vae.decode(x_fake), "HR, coded": vae.decode(z_hr)}, verdicts(out_dir, rows))

@@ -8,14 +8,15 @@ scorer; the best and the worst make a pair, and DPO moves the student from the w
 
 Reads   out/<preset>/stage2/last.pt: student.
 Writes  out/<preset>/stage3/pairs/*.pt, the ranked pairs, used again if they are there; pairs.json, pairs.png show them;
-        out/<preset>/stage3/last.pt: student, vae, and what --resume needs; log.jsonl, panel.png, loss.png.
+        out/<preset>/stage3/last.pt: student, vae, and what --resume needs; log.jsonl, held.jsonl, panel.png, loss.png.
 
 Differs from the paper: (1) the scorer is an offline proxy (NIQE, flicker and consistency with LR, so these three are no
-independent evidence for this stage) unless DOVER or a pyiqa metric is installed and named; (2) an anchor to
-the stage II student is added (anchor = 0: none): at t = 1 dpo_inside is linear in the student's output, and the loss
-falls for ever along winner - loser. Left open there and settled here: winner and loser share fresh noise and one time.
-With each candidate's own noise the reference reproduces both at t = 1, and the gradient starts at 0. The time is
-uniform, as the z_t of the formula suggests, though the student only ever runs at t = 1 (dpo_t = "one": there alone).
+independent evidence for this stage) unless DOVER or a pyiqa metric is installed and named; (2) an anchor to the stage
+II student is added (anchor = 0: none): at t = 1 dpo_inside is linear in the student's output, and the loss falls for
+ever along winner - loser; (3) some pairs are held out, to see whether the preference carries over. Left open there and
+settled here: winner and loser share fresh noise and one time. With each candidate's own noise the reference reproduces
+both at t = 1, and the gradient starts at 0. The time is uniform, as the z_t of the formula suggests, though the student
+only ever runs at t = 1 (dpo_t = "one": there alone).
 """
 import json
 from copy import deepcopy
@@ -53,12 +54,13 @@ class Config:
     candidates: int = 4             # outputs per LR clip [not in the paper's summary]
     scorer: str = "proxy"           # "proxy", "dover", "pyiqa:<metric>" [paper: DOVER]; the first alone looks at LR
     keep: float = 0.5               # share of the pairs kept, those whose scores differ most [ours]
+    held: int = 8                   # of these, pairs that are only measured, not trained on [ours]
     steps: int = 60                 # optimiser steps [paper: 1,000]
     lr: float = 2e-4                # learning rate [ours; 1e-5 moved nothing in 50 steps]
     dpo_t: str = "uniform"          # t ~ U(0, 1) [VideoAlign; the formula has a z_t]; "one": t = 1 [ours]
     dpo_beta: float = 0.0           # beta of the mean-reduced loss; 0: 2 / (alpha median |winner - loser|^2) [ours]
     beta_mode: str = "constant"     # "constant", or "flow": beta (1 - t)^2, which is 0 at t = 1 [VideoAlign]
-    anchor: float = 1.0             # times beta / (4 alpha), on |x - x_ref|^2; 0: none [ours]
+    anchor: float = 1.0             # times beta / (4 alpha), on |v - v_ref|^2; 0: none [ours]
     alpha: float = 2.0              # at t = 1 the output moves by at most alpha E[winner - loser | LR] [ours: LOG.md]
     own_noise: bool = False         # replay each candidate's own noise, at t = 1 a saddle: see beta in main
     log_every: int = 5              # steps between log lines
@@ -84,6 +86,16 @@ def squared_error(v, target):
     return (v - target).square().mean(dim=(1, 2, 3, 4))
 
 
+def paired(net, z_w, z_l, eps_w, eps_l, t, z_lr):
+    """A net's velocities (2B, C, T, H, W) at winners and losers noised to times t, (B,), and their errors (e_w, e_l).
+
+    At t = 1 with shared noise both enter as the same z_t = eps, and only their targets differ.
+    """
+    z_t = torch.cat([M.add_noise(z_w, eps_w, t), M.add_noise(z_l, eps_l, t)])
+    v = net(z_t, t.repeat(2), z_lr.repeat(2, 1, 1, 1, 1), M.prompt(z_t)).float()
+    return v, squared_error(v, torch.cat([eps_w - z_w, eps_l - z_l])).chunk(2)
+
+
 def dpo_inside(win, win_ref, lose, lose_ref, beta):
     """-(beta / 2) ((e_w - e_w^ref) - (e_l - e_l^ref)), the implicit reward margin of Diffusion-DPO. All (B,).
 
@@ -94,7 +106,7 @@ def dpo_inside(win, win_ref, lose, lose_ref, beta):
 
 def dpo_loss(inside, drift=0.0, lam=0.0):
     """L_DPO = -E log sigmoid(inside), the mean taken after the logarithm, ln 2 at the start; and the anchor, lam times
-    drift = |x - x_ref|^2 [ours]."""
+    drift = |v - v_ref|^2, at t = 1 that of the clean estimates, |x - x_ref|^2 [ours]."""
     return -F.logsigmoid(inside).mean() + lam * drift
 
 
@@ -190,6 +202,31 @@ def usable(path, stamp):
         return False
 
 
+def set_aside(order, held):
+    """(pairs to train on, pairs held out): at most `held` of them, spread over `order`, and at most half."""
+    aside = order[1::max(2, len(order) // held)][:held] if held else []
+    return [i for i in order if i not in aside], aside
+
+
+@torch.no_grad()
+def preferred(student, reference, pairs, window, size, seed, device, times=(0.5, 1.0)):
+    """{t: share of these pairs whose winner the student prefers, more than its reference does}. 1/2 is chance; of pairs
+    that it did not train on, more is a preference that carries over."""
+    share = {}
+    for t in times:
+        common.reseed(seed, "held out")
+        inside = []
+        for pair in pairs:
+            z_w, z_l, z_lr = (pair[k][None, :, :window, :size, :size].float().to(device) for k in ("win", "lose", "lr"))
+            eps = torch.randn_like(z_w)
+            (e_w, e_l), (e_w_ref, e_l_ref) = (
+                paired(net, z_w, z_l, eps, eps, torch.full((1,), t, device=device), z_lr)[1]
+                for net in (student, reference))
+            inside.append(dpo_inside(e_w, e_w_ref, e_l, e_l_ref, 1.0).item())
+        share[t] = float(np.mean(np.array(inside) > 0))
+    return share
+
+
 def show_pairs(path, pairs, vae, device):
     """pairs.png: the middle frame of LR, loser, winner of some pairs, and where they differ (x 4)."""
     lr, lose, win = (torch.cat([vae.decode(p[k][None].float().to(device)) for p in pairs])
@@ -202,8 +239,8 @@ def show_pairs(path, pairs, vae, device):
 
 def check(cfg):
     common.check_fields(cfg, model=tuple(M.MODELS), dpo_t=("one", "uniform"), beta_mode=("constant", "flow"))
-    if cfg.candidates < 2 or cfg.pairs < 1 or cfg.alpha <= 0 or cfg.lora < 0:
-        raise SystemExit("candidates: at least 2; pairs: at least 1; alpha: above 0; lora: 0 or more")
+    if cfg.candidates < 2 or cfg.pairs < 1 or cfg.alpha <= 0 or cfg.lora < 0 or cfg.held < 0:
+        raise SystemExit("candidates: at least 2; pairs: at least 1; alpha: above 0; lora, held: 0 or more")
     if cfg.dpo_t == "one" and cfg.beta_mode == "flow":
         raise SystemExit("beta_mode flow is 0 at t = 1: not with dpo_t one")
     if cfg.scorer not in ("proxy", "dover") and not cfg.scorer.startswith("pyiqa:"):
@@ -250,10 +287,10 @@ def main(cfg):
     common.barrier()
     pairs = [read_pair(path) for path in paths]
     order = sorted(range(cfg.pairs), key=lambda i: -pairs[i]["record"]["margin"])
-    order = order[:max(1, round(cfg.keep * cfg.pairs))]
-    kept = [pairs[i] for i in order]
+    order, aside = set_aside(order[:max(1, round(cfg.keep * cfg.pairs))], cfg.held)
+    kept, held = [pairs[i] for i in order], [pairs[i] for i in aside]
     if rank == 0:
-        records = [pair["record"] | {"kept": i in order} for i, pair in enumerate(pairs)]
+        records = [pair["record"] | {"kept": i in order, "held": i in aside} for i, pair in enumerate(pairs)]
         common.put(f"{out_dir}/pairs.json", json.dumps({"scorer": cfg.scorer, "pairs": records}, indent=1))
         show_pairs(f"{out_dir}/pairs.png", kept[:4], vae, device)
     distance = torch.tensor([pair["distance"] for pair in kept])
@@ -265,16 +302,17 @@ def main(cfg):
     lam = cfg.anchor * beta / (4 * cfg.alpha)
 
     ddp, parts = common.parallel(student, world), world * cfg.accumulate
+    window, size = clip["window"], clip["crop"] // vae.stride
 
     def next_batch(step, part):
         """(winner, loser, LR, the two noises) of some pairs, one random window of each: (B, C, T, H, W)."""
         rows = [((step * parts + part) * cfg.batch + k) % len(kept) for k in range(cfg.batch)]
-        size, (T, H, W) = clip["crop"] // vae.stride, kept[0]["win"].shape[1:]
+        T, H, W = kept[0]["win"].shape[1:]
         u = common.draw(torch.rand, (cfg.batch, 3), part, parts, "cpu")
         batch = []
         for row, (a, b, c) in zip(rows, u.tolist(), strict=True):
-            t, y, x = int(a * (T - clip["window"] + 1)), int(b * (H - size + 1)), int(c * (W - size + 1))
-            box = (..., slice(t, t + clip["window"]), slice(y, y + size), slice(x, x + size))
+            t, y, x = int(a * (T - window + 1)), int(b * (H - size + 1)), int(c * (W - size + 1))
+            box = (..., slice(t, t + window), slice(y, y + size), slice(x, x + size))
             batch.append([kept[row][k][box] for k in ("win", "lose", "lr", "noise")])
         return [torch.stack(x).float().to(device) for x in zip(*batch, strict=True)]
 
@@ -293,20 +331,14 @@ def main(cfg):
             u = common.draw(torch.rand, (cfg.batch,), part, parts, device)
             t = torch.ones_like(u) if cfg.dpo_t == "one" else u
 
-            # 2) one DPO step: errors of student and reference on winner and loser, in velocities (at t = 1 with shared
-            #    noise both enter as the same z_t = eps, and only their targets differ)
-            z_t = torch.cat([M.add_noise(z_w, eps_w, t), M.add_noise(z_l, eps_l, t)])
-            target = torch.cat([eps_w - z_w, eps_l - z_l])
-            twice = dict(t=t.repeat(2), z_lr=z_lr.repeat(2, 1, 1, 1, 1), text=M.prompt(z_t))
+            # 2) one DPO step: errors of student and reference on winner and loser, in velocities
             with common.accumulating(part + world >= parts, ddp):
                 with autocast:
-                    v = ddp(z_t, **twice).float()
+                    v, (e_w, e_l) = paired(ddp, z_w, z_l, eps_w, eps_l, t, z_lr)
                     with torch.no_grad():
-                        v_ref = reference(z_t, **twice).float()
-                errors = squared_error(v, target).chunk(2)              # (e_w, e_l)
-                errors_ref = squared_error(v_ref, target).chunk(2)
-                inside = dpo_inside(errors[0], errors_ref[0], errors[1], errors_ref[1], beta_at(beta, t, cfg.beta_mode))
-                drift = (M.bcast(t.repeat(2), v) * (v - v_ref)).square().mean()      # |x - x_ref|^2, x = z_t - t v
+                        v_ref, (e_w_ref, e_l_ref) = paired(reference, z_w, z_l, eps_w, eps_l, t, z_lr)
+                inside = dpo_inside(e_w, e_w_ref, e_l, e_l_ref, beta_at(beta, t, cfg.beta_mode))
+                drift = (v - v_ref).square().mean()
                 (dpo_loss(inside, drift, lam) / cfg.accumulate).backward()
         norm = common.clip_and_step(optimiser, student, 1.0)
 
@@ -314,8 +346,8 @@ def main(cfg):
         done = step + 1
         if done % cfg.log_every == 0 or done == cfg.steps:
             values = dict(dpo=dpo_loss(inside), accuracy=(inside > 0).float().mean(), inside=inside.mean(),
-                          winner_error=errors[0].mean(), winner_change=(errors[0] - errors_ref[0]).mean(),
-                          loser_error=errors[1].mean(), loser_change=(errors[1] - errors_ref[1]).mean(),
+                          winner_error=e_w.mean(), winner_change=(e_w - e_w_ref).mean(),
+                          loser_error=e_l.mean(), loser_change=(e_l - e_l_ref).mean(),
                           drift=drift / (z_w - z_l).square().mean(), grad_norm=norm)
             values = {k: common.mean(x) for k, x in values.items()}
             if rank == 0:
@@ -325,14 +357,16 @@ def main(cfg):
                         **saved | {"student": M.merged(student)})
             with torch.no_grad(), autocast:
                 before, after = (M.one_step(net, eps_w, z_lr) for net in (reference, student))
+                share = preferred(student, reference, held, window, size, cfg.seed, device) if held else {}
+            common.log_row(out_dir, "held.jsonl", done, pairs=len(held), preferred=share)
             common.panel(f"{out_dir}/panel.png", {
                 "LR": vae.decode(z_lr), "loser": vae.decode(z_l), "winner": vae.decode(z_w),
-                "before DPO": vae.decode(before), "after": vae.decode(after)}, verdicts(out_dir))
+                "before DPO": vae.decode(before), "after": vae.decode(after)}, verdicts(out_dir, share, len(held)))
     common.cleanup()
 
 
-def verdicts(out_dir):
-    """What the latest log lines say, in plain words."""
+def verdicts(out_dir, share=None, count=0):
+    """What the latest log lines, and the share of `count` pairs held out (`preferred`), say in plain words."""
     lines = common.read_log(out_dir)[-10:]
     if not lines:
         return []
@@ -340,7 +374,11 @@ def verdicts(out_dir):
     if last["drift"] > FAR:
         return [f"drift {last['drift']:.2f} of |winner - loser|^2: too far; raise anchor, lower alpha or stop earlier"]
     words = [f"implicit accuracy {last['accuracy']:.2f}, on the pairs it trains on: " + (
-             "it learns the preference" if last["accuracy"] > 0.6 else "winners and losers look alike to it; raise lr")]
+             "it learns them" if last["accuracy"] > 0.6 else "winners and losers look alike to it; raise lr")]
+    if count:
+        words.append(f"on {count} held out, where 0.5 is chance: " + ", ".join(
+            f"{x:.2f} at t = {t:g}" for t, x in share.items()) + (
+                "" if max(share.values()) > 0.5 + count ** -0.5 else ": no preference that carries over; more pairs"))
     if min(last[f"{k}_change"] / max(last[f"{k}_error"], 1e-9) for k in ("winner", "loser")) > 0.05:
         words.append("both winner and loser error rise: the usual likelihood drop of DPO; raise anchor")
     return words

@@ -106,6 +106,28 @@ def test_own_noise_is_a_saddle_that_an_anchor_below_one_half_holds(alpha, holds)
     assert (moved.item() > math.log(2)) == holds
 
 
+def test_set_aside_spreads_over_the_margins_and_takes_at_most_half():
+    assert stage3.set_aside([*range(24)], 8) == ([i for i in range(24) if i % 3 != 1], [*range(1, 24, 3)])
+    assert stage3.set_aside([4, 2, 7], 8) == ([4, 7], [2]) and stage3.set_aside([4], 8) == ([4], [])
+    assert stage3.set_aside([4, 2, 7], 0) == ([4, 2, 7], [])
+
+
+@pytest.mark.parametrize("towards, share", [(1, 1.0), (-1, 0.0), (0, 0.0)])
+def test_preferred_counts_pairs_whose_winner_came_nearer(towards, share):
+    """Students that move their clean estimate along winner - loser, or against it, at every time, by a tenth."""
+    torch.manual_seed(0)
+    win, lose, lr = torch.randn(3, 16, 2, 8, 8)
+    pairs = [{"win": win, "lose": lose, "lr": lr}, {"win": win.flip(-1), "lose": lose.flip(-1), "lr": lr.flip(-1)}]
+
+    def net(move):
+        def velocity(z_t, t, z_lr, text):                       # of both pairs: the one whose LR this is
+            d = next(p["win"] - p["lose"] for p in pairs if torch.equal(p["lr"][:, :, :4, :4], z_lr[0]))
+            return z_lr - move * d[:, :, :4, :4]
+        return velocity
+    found = stage3.preferred(net(0.1 * towards), net(0), pairs, 2, 4, 0, "cpu")
+    assert found == {0.5: share, 1.0: share}
+
+
 def test_rank_pair():
     assert stage3.rank_pair(np.array([0.1, 3.0, -2.0, 1.0])) == (1, 2, 5.0)
 

@@ -464,7 +464,8 @@ def test_dpo_starts_at_ln_2_and_pairs_are_reused(chain, tmp_path, monkeypatch):
     stage3.main(cfg)
     assert json.loads(open(f"{cfg.out}/stage3/log.jsonl").readline())["dpo"] == pytest.approx(math.log(2), abs=1e-6)
     records = json.load(open(f"{cfg.out}/stage3/pairs.json"))["pairs"]
-    assert len(records) == 3 and sum(r["kept"] for r in records) == 2
+    assert len(records) == 3 and sum(r["kept"] for r in records) == sum(r["held"] for r in records) == 1
+    assert not any(r["kept"] and r["held"] for r in records)
     for r in records:
         assert r["scores"][r["winner"]] == max(r["scores"]) and r["scores"][r["loser"]] == min(r["scores"])
     make, again = stage3.make_pair, []
@@ -479,7 +480,7 @@ def test_dpo_starts_at_ln_2_and_pairs_are_reused(chain, tmp_path, monkeypatch):
     cfg.keep = 0.3                                              # the list of pairs is always that of this run
     stage3.main(cfg)
     records = json.load(open(f"{cfg.out}/stage3/pairs.json"))["pairs"]
-    assert again == [1] and sum(r["kept"] for r in records) == 1
+    assert again == [1] and sum(r["kept"] for r in records) == 1 and not any(r["held"] for r in records)
 
 
 def test_a_scorer_without_a_score_is_one_line(chain, tmp_path, monkeypatch):
@@ -500,9 +501,37 @@ def test_dpo_variants(chain, tmp_path, monkeypatch, changes, zero):
     norm = json.loads(open(f"{cfg.out}/stage3/log.jsonl").readline())["grad_norm"]
     reference = json.loads(open(f"{chain[stage3].out}/stage3/log.jsonl").readline())["grad_norm"]
     assert norm < 0.05 * reference if zero else norm > 0.05 * reference
-    (eps_w, t_w), (eps_l, t_l) = seen                           # of winner and loser
+    (eps_w, t_w), (eps_l, t_l) = seen[:2]                       # of winner and loser
+    assert all(torch.equal(a, b) for x, y in zip(seen[:2], seen[2:4], strict=True) for a, b in zip(x, y, strict=True))
     assert torch.equal(t_w, t_l) and torch.equal(eps_w, eps_l) != cfg.own_noise
     assert (t_w == 1).all() if cfg.dpo_t == "one" else 0 < t_w.min() < t_w.max() < 1
+
+
+def test_pairs_held_out_are_measured_and_not_trained_on(chain, tmp_path, monkeypatch):
+    cfg = fork(chain, stage3, tmp_path, ["stage0", "stage1", "stage2"])
+    read, measured = stage3.read_pair, []
+    monkeypatch.setattr(stage3, "set_aside", lambda order, held: ([0, 1], [2]))
+    monkeypatch.setattr(stage3, "read_pair", lambda path: read(path) | (
+        {"win": read(path)["win"] * math.nan} if path.endswith("00002.pt") else {}))
+    monkeypatch.setattr(stage3, "preferred", lambda a, b, pairs, *args: measured.extend(pairs) or {1.0: 0.25})
+    stage3.main(cfg)                                            # a step on a nan would end it
+    assert len(measured) == 2 and all(pair["win"].isnan().all() for pair in measured)
+    assert common.read_log(f"{cfg.out}/stage3", "held.jsonl") == [
+        {"step": step, "pairs": 1, "preferred": {"1.0": 0.25}} for step in (2, 4)]
+
+
+def test_the_anchor_holds_velocities_at_all_times(chain, tmp_path, monkeypatch):
+    """Held by t times that, as clean estimates are, the student would run off near t = 0."""
+    cfg = fork(chain, stage3, tmp_path, ["stage0", "stage1", "stage2"], steps=1, held=0)
+    paired, loss, drifts = stage3.paired, stage3.dpo_loss, []
+
+    def moved_by_2(net, *args):
+        v, errors = paired(net, *args)
+        return (v + 2 if torch.is_grad_enabled() else v), errors
+    monkeypatch.setattr(stage3, "paired", moved_by_2)
+    monkeypatch.setattr(stage3, "dpo_loss", lambda inside, *args: drifts.extend(args[:1]) or loss(inside, *args))
+    stage3.main(cfg)
+    assert len(drifts) == 1 and drifts[0].item() == pytest.approx(4, abs=1e-4)
 
 
 def test_dpo_moves_towards_the_winner(chain, tmp_path):
@@ -782,7 +811,7 @@ CASES2 = [
     (dict(g_want=0.0, g_mean=0.0), "equals the real one", "not normalised"),
     (dict(pull_gan=3.0), "halve w_gan", "detached")]
 CASES3 = [
-    (dict(), "0.80, on the pairs it trains on: it learns", "raise|lower"),
+    (dict(), "0.80, on the pairs it trains on: it learns them", "raise|lower"),
     (dict(accuracy=0.5), "look alike to it; raise lr", "too far"),
     (dict(drift=0.3, accuracy=0.5), "too far; raise anchor", "raise lr"),
     (dict(winner_change=0.02, loser_change=0.02), "likelihood drop", "raise lr"),
@@ -796,6 +825,15 @@ def test_verdicts_say_what_the_numbers_mean(tmp_path, stage, fine, changes, word
         f.writelines(json.dumps({"step": k} | fine | changes) + "\n" for k in range(8))
     words = "\n".join(stage.verdicts(tmp_path))
     assert word in words and not re.search(absent, words), words
+
+
+def test_the_verdict_on_pairs_held_out(tmp_path):
+    (tmp_path / "log.jsonl").write_text(json.dumps({"step": 1} | FINE3) + "\n")
+    for share, flagged in (({0.5: 0.5, 1.0: 0.75}, True), ({0.5: 0.875, 1.0: 0.5}, False)):
+        words = stage3.verdicts(tmp_path, share, 8)[-1]
+        assert words.startswith(f"on 8 held out, where 0.5 is chance: {share[0.5]:.2f} at t = 0.5, {share[1.0]:.2f} at")
+        assert ("no preference that carries over" in words) == flagged
+    assert "held out" not in "".join(stage3.verdicts(tmp_path))
 
 
 def test_verdicts_on_what_changes_over_a_run(tmp_path):
