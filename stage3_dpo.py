@@ -378,7 +378,7 @@ def verdicts(out_dir, share=None, count=0):
     if count:
         words.append(f"on {count} held out, where 0.5 is chance: " + ", ".join(
             f"{x:.2f} at t = {t:g}" for t, x in share.items()) + (
-                "" if max(share.values()) > 0.5 + count ** -0.5 else ": no preference that carries over; more pairs"))
+                "" if max(share.values()) > 0.5 + count ** -0.5 else ": not shown to carry over; more pairs"))
     if min(last[f"{k}_change"] / max(last[f"{k}_error"], 1e-9) for k in ("winner", "loser")) > 0.05:
         words.append("both winner and loser error rise: the usual likelihood drop of DPO; raise anchor")
     return words

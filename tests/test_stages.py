@@ -832,7 +832,7 @@ def test_the_verdict_on_pairs_held_out(tmp_path):
     for share, flagged in (({0.5: 0.5, 1.0: 0.75}, True), ({0.5: 0.875, 1.0: 0.5}, False)):
         words = stage3.verdicts(tmp_path, share, 8)[-1]
         assert words.startswith(f"on 8 held out, where 0.5 is chance: {share[0.5]:.2f} at t = 0.5, {share[1.0]:.2f} at")
-        assert ("no preference that carries over" in words) == flagged
+        assert ("not shown to carry over" in words) == flagged
     assert "held out" not in "".join(stage3.verdicts(tmp_path))
 
 
