@@ -209,7 +209,7 @@ def ema_update(ema, net, decay):
 
 
 # ----------------------------------------------------------------------------
-# checkpoints and logs (call save, start_run, log and panel on rank 0 only)
+# checkpoints and logs (call save, start_run, log, log_row and panel on rank 0 only)
 
 
 def put(path, text):

@@ -54,7 +54,7 @@ class Config:
     candidates: int = 4             # outputs per LR clip [not in the paper's summary]
     scorer: str = "proxy"           # "proxy", "dover", "pyiqa:<metric>" [paper: DOVER]; the first alone looks at LR
     keep: float = 0.5               # share of the pairs kept, those whose scores differ most [ours]
-    held: int = 8                   # of these, pairs that are only measured, not trained on [ours]
+    held: int = 8                   # pairs of those kept that are only measured, at most half, with their clips [ours]
     steps: int = 60                 # optimiser steps [paper: 1,000]
     lr: float = 5e-5                # learning rate [ours: at 2e-4 the steps' own noise weaves a lattice, LOG.md]
     dpo_t: str = "uniform"          # t ~ U(0, 1) [VideoAlign; the formula has a z_t]; "one": t = 1 [ours]
@@ -202,16 +202,25 @@ def usable(path, stamp):
         return False
 
 
-def set_aside(order, held):
-    """(pairs to train on, pairs held out): at most `held` of them, spread over `order`, and at most half."""
-    aside = order[1::max(2, len(order) // held)][:held] if held else []
-    return [i for i in order if i not in aside], aside
+def spread(order, count):
+    """`count` of them, or at most half, evenly from the first to the last."""
+    return order[1::max(2, -(-len(order) // count))][:count] if count else []
+
+
+def set_aside(order, clips, held):
+    """(pairs to train on, pairs held out): `held` pairs spread over `order`, whose clips are not trained on either;
+    none if that left nothing to train on. clips[i]: of pair i."""
+    aside = spread(order, held)
+    rest = [i for i in order if clips[i] not in {clips[j] for j in aside}]
+    return (rest, aside) if rest else (order, [])
 
 
 @torch.no_grad()
 def preferred(student, reference, pairs, window, size, seed, device, times=(0.5, 1.0)):
-    """{t: share of these pairs whose winner the student prefers, more than its reference does}. 1/2 is chance; of pairs
-    that it did not train on, more is a preference that carries over."""
+    """{t: share of these pairs whose winner the student prefers, more than its reference does}, in one window of each.
+
+    1/2 is chance. More of the pairs it trained on: it learns; of pairs held out: what it learns carries over.
+    """
     share = {}
     for t in times:
         common.reseed(seed, "held out")
@@ -287,17 +296,19 @@ def main(cfg):
     common.barrier()
     pairs = [read_pair(path) for path in paths]
     order = sorted(range(cfg.pairs), key=lambda i: -pairs[i]["record"]["margin"])
-    order, aside = set_aside(order[:max(1, round(cfg.keep * cfg.pairs))], cfg.held)
+    clips = [pair["record"]["clip"] for pair in pairs]
+    order, aside = set_aside(order[:max(1, round(cfg.keep * cfg.pairs))], clips, cfg.held)
     kept, held = [pairs[i] for i in order], [pairs[i] for i in aside]
     if rank == 0:
-        records = [pair["record"] | {"kept": i in order, "held": i in aside} for i, pair in enumerate(pairs)]
+        records = [pair["record"] | {"trained": i in order, "held": i in aside} for i, pair in enumerate(pairs)]
         common.put(f"{out_dir}/pairs.json", json.dumps({"scorer": cfg.scorer, "pairs": records}, indent=1))
         show_pairs(f"{out_dir}/pairs.png", kept[:4], vae, device)
     distance = torch.tensor([pair["distance"] for pair in kept])
     # alpha says how far the output may move, in units of (w - l); beta and lam follow. At t = 1 the two pulls,
     # sigmoid(-inside) beta (w - l) of DPO and 2 lam (x - x_ref) of the anchor, are equal at alpha (w - l) or before.
     # With own_noise, errors there start at 0 and so does the gradient, but at a saddle: e_l grows as the student
-    # spoils what it makes of the losers' noise; the anchor, beta / (8 alpha) (e_w + e_l), holds if alpha < 1/2
+    # spoils what it makes of the losers' noise; the anchor, beta / (8 alpha) (e_w + e_l), holds if alpha < 1/2.
+    # At t < 1 winner and loser are two inputs with shared noise as well: for alpha > 1/2 the anchor only slows e_l
     beta = cfg.dpo_beta or choose_beta(distance, cfg.alpha)
     lam = cfg.anchor * beta / (4 * cfg.alpha)
 
@@ -357,16 +368,17 @@ def main(cfg):
                         **saved | {"student": M.merged(student)})
             with torch.no_grad(), autocast:
                 before, after = (M.one_step(net, eps_w, z_lr) for net in (reference, student))
-                share = preferred(student, reference, held, window, size, cfg.seed, device) if held else {}
-            common.log_row(out_dir, "held.jsonl", done, pairs=len(held), preferred=share)
+                shares = {name: preferred(student, reference, some, window, size, cfg.seed, device)
+                          for name, some in (("trained", spread(kept, len(held)) or kept[:1]), ("held", held)) if held}
+            common.log_row(out_dir, "held.jsonl", done, pairs=len(held), **shares)
             common.panel(f"{out_dir}/panel.png", {
                 "LR": vae.decode(z_lr), "loser": vae.decode(z_l), "winner": vae.decode(z_w),
-                "before DPO": vae.decode(before), "after": vae.decode(after)}, verdicts(out_dir, share, len(held)))
+                "before DPO": vae.decode(before), "after": vae.decode(after)}, verdicts(out_dir, len(held), **shares))
     common.cleanup()
 
 
-def verdicts(out_dir, share=None, count=0):
-    """What the latest log lines, and the share of `count` pairs held out (`preferred`), say in plain words."""
+def verdicts(out_dir, count=0, trained=None, held=None):
+    """What the latest log lines say, in plain words; and `preferred` of pairs trained on and of `count` held out."""
     lines = common.read_log(out_dir)[-10:]
     if not lines:
         return []
@@ -376,9 +388,12 @@ def verdicts(out_dir, share=None, count=0):
     words = [f"implicit accuracy {last['accuracy']:.2f}, on the pairs it trains on: " + (
              "it learns them" if last["accuracy"] > 0.6 else "winners and losers look alike to it; raise lr")]
     if count:
-        words.append(f"on {count} held out, where 0.5 is chance: " + ", ".join(
-            f"{x:.2f} at t = {t:g}" for t, x in share.items()) + (
-                "" if max(share.values()) > 0.5 + count ** -0.5 else ": not shown to carry over; more pairs"))
+        noise = 0.5 * count ** -0.5                                     # standard deviation of a share by chance
+        words += ["winners preferred of pairs trained on / held out: " + ", ".join(
+            f"{trained[t]:.2f} / {held[t]:.2f} at t = {t:g}" for t in held) + f"; chance: 0.5 +- {noise:.2f}",
+            "too few are held out to tell whether it carries over" if count < 5 else
+            "at t = 1, where the student runs, it " + (
+                "carries over" if held[1.0] > 0.5 + 2 * noise else "is not shown to carry over")]
     if min(last[f"{k}_change"] / max(last[f"{k}_error"], 1e-9) for k in ("winner", "loser")) > 0.05:
         words.append("both winner and loser error rise: the usual likelihood drop of DPO; raise anchor")
     return words

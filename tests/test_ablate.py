@@ -344,7 +344,7 @@ def test_work_counts_the_passes_of_a_run():
     assert ablate.work(2, stage2.Config(streams=("mse",))) == 40 * 3
     assert ablate.tiles("small", 21, 256, 256) == 18
     three = stage3.Config(model="small")
-    assert ablate.work(3, three) == 2 * three.steps * 4 + three.pairs * 4 * 18 / 4
+    assert ablate.work(3, three) == 2 * three.steps * 4 + three.pairs * three.candidates * 18 / three.batch
     clips = [{"hr": np.zeros((9, 256, 256, 3), np.uint8)}] * 2          # 3 latent frames
     base, todo = stage2.Config(model="small"), {2: stage2.Config()}
     pace = {2: 0.5, (2, "x"): 0.3, "score": 60}

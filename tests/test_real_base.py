@@ -57,8 +57,9 @@ def test_all_stages_of_the_real_base(shrunk, tmp_path, capsys):
     for stage, argv in ((stage0, [*files[:2], *files[4:], *cached, "--steps", "2"]),
                         (stage1, [*cached, "--cfg_steps", "1", "--pd_grid", "2", "1", "--steps_per_phase", "1"]),
                         (stage2, [*cached, "--steps", "1", "--aux_warmup", "1"]),
-                        (stage3, ["--steps", "1", "--pairs", "2", "--candidates", "2", "--lora", "2"])):
+                        (stage3, ["--steps", "1", "--pairs", "3", "--keep", "1", "--candidates", "2", "--lora", "2"])):
         stage.main(common.parse_config(stage.Config, stage.PRESETS, [*shared, *argv]))
+    assert common.read_log(str(tmp_path / "out" / "w" / "stage3"), "held.jsonl")[-1]["pairs"] == 1
     start = M.load_checkpoint(str(tmp_path / "out" / "w" / "stage0" / "last.pt"), "ema")[0].state_dict()
     torch.testing.assert_close(start["prompts"], prompts)
     assert (start["blocks.0.ffn.0.weight"] - narrow["blocks.0.ffn.0.weight"]).abs().max() < 1e-3    # two small steps on

@@ -107,9 +107,16 @@ def test_own_noise_is_a_saddle_that_an_anchor_below_one_half_holds(alpha, holds)
 
 
 def test_set_aside_spreads_over_the_margins_and_takes_at_most_half():
-    assert stage3.set_aside([*range(24)], 8) == ([i for i in range(24) if i % 3 != 1], [*range(1, 24, 3)])
-    assert stage3.set_aside([4, 2, 7], 8) == ([4, 7], [2]) and stage3.set_aside([4], 8) == ([4], [])
-    assert stage3.set_aside([4, 2, 7], 0) == ([4, 2, 7], [])
+    clips = [*range(24)]
+    assert stage3.set_aside([*range(24)], clips, 8) == ([i for i in range(24) if i % 3 != 1], [*range(1, 24, 3)])
+    assert stage3.set_aside([*range(23)], clips, 8)[1] == [*range(1, 23, 3)]
+    assert stage3.set_aside([4, 2, 7], clips, 8) == ([4, 7], [2]) and stage3.set_aside([4], clips, 8) == ([4], [])
+    assert stage3.set_aside([4, 2, 7], clips, 0) == ([4, 2, 7], [])
+
+
+def test_no_clip_of_a_pair_held_out_is_trained_on():
+    assert stage3.set_aside([0, 1, 2, 3, 4], [7, 8, 8, 7, 9], 1) == ([0, 3, 4], [1])        # pair 2 is of clip 8, too
+    assert stage3.set_aside([0, 1, 2], [7, 7, 7], 1) == ([0, 1, 2], [])
 
 
 @pytest.mark.parametrize("towards, share", [(1, 1.0), (-1, 0.0), (0, 0.0)])

@@ -38,7 +38,7 @@ def constants(out, footage):
             stage1: stage1.Config(**scale, cfg_steps=2, steps_per_phase=2, pd_grid=(4, 2, 1)),
             # a slow head: behind its zero layer gradients begin at rounding level, and Adam steps by their signs
             stage2: stage2.Config(**scale, steps=4, aux_warmup=2, lr_head=1e-4),
-            stage3: stage3.Config(**scale, steps=4, pairs=3, candidates=2, lr=1e-3)}
+            stage3: stage3.Config(**scale, steps=4, pairs=3, keep=1.0, candidates=2, lr=1e-3)}
 
 
 def shrink():
@@ -464,8 +464,8 @@ def test_dpo_starts_at_ln_2_and_pairs_are_reused(chain, tmp_path, monkeypatch):
     stage3.main(cfg)
     assert json.loads(open(f"{cfg.out}/stage3/log.jsonl").readline())["dpo"] == pytest.approx(math.log(2), abs=1e-6)
     records = json.load(open(f"{cfg.out}/stage3/pairs.json"))["pairs"]
-    assert len(records) == 3 and sum(r["kept"] for r in records) == sum(r["held"] for r in records) == 1
-    assert not any(r["kept"] and r["held"] for r in records)
+    assert len(records) == 3 and sum(r["trained"] for r in records) == 2 and sum(r["held"] for r in records) == 1
+    assert not any(r["trained"] and r["held"] for r in records)
     for r in records:
         assert r["scores"][r["winner"]] == max(r["scores"]) and r["scores"][r["loser"]] == min(r["scores"])
     make, again = stage3.make_pair, []
@@ -480,7 +480,7 @@ def test_dpo_starts_at_ln_2_and_pairs_are_reused(chain, tmp_path, monkeypatch):
     cfg.keep = 0.3                                              # the list of pairs is always that of this run
     stage3.main(cfg)
     records = json.load(open(f"{cfg.out}/stage3/pairs.json"))["pairs"]
-    assert again == [1] and sum(r["kept"] for r in records) == 1 and not any(r["held"] for r in records)
+    assert again == [1] and sum(r["trained"] for r in records) == 1 and not any(r["held"] for r in records)
 
 
 def test_a_scorer_without_a_score_is_one_line(chain, tmp_path, monkeypatch):
@@ -508,19 +508,20 @@ def test_dpo_variants(chain, tmp_path, monkeypatch, changes, zero):
 
 
 def test_pairs_held_out_are_measured_and_not_trained_on(chain, tmp_path, monkeypatch):
-    cfg = fork(chain, stage3, tmp_path, ["stage0", "stage1", "stage2"])
+    cfg = fork(chain, stage3, tmp_path, ["stage0", "stage1", "stage2"], batch=3)
     read, measured = stage3.read_pair, []
-    monkeypatch.setattr(stage3, "set_aside", lambda order, held: ([0, 1], [2]))
+    monkeypatch.setattr(stage3, "set_aside", lambda order, clips, held: ([0, 1], [2]))
     monkeypatch.setattr(stage3, "read_pair", lambda path: read(path) | (
         {"win": read(path)["win"] * math.nan} if path.endswith("00002.pt") else {}))
-    monkeypatch.setattr(stage3, "preferred", lambda a, b, pairs, *args: measured.extend(pairs) or {1.0: 0.25})
-    stage3.main(cfg)                                            # a step on a nan would end it
-    assert len(measured) == 2 and all(pair["win"].isnan().all() for pair in measured)
+    monkeypatch.setattr(stage3, "preferred", lambda a, b, pairs, *args: measured.append(pairs) or {1.0: 0.25})
+    stage3.main(cfg)
+    assert [[pair["win"].isnan().all().item() for pair in some] for some in measured] == [[False], [True]] * 2
+    assert all(math.isfinite(line["dpo"]) for line in common.read_log(f"{cfg.out}/stage3"))
     assert common.read_log(f"{cfg.out}/stage3", "held.jsonl") == [
-        {"step": step, "pairs": 1, "preferred": {"1.0": 0.25}} for step in (2, 4)]
+        {"step": step, "pairs": 1, "trained": {"1.0": 0.25}, "held": {"1.0": 0.25}} for step in (2, 4)]
 
 
-def test_the_anchor_holds_velocities_at_all_times(chain, tmp_path, monkeypatch):
+def test_the_anchor_is_on_velocities_at_all_times(chain, tmp_path, monkeypatch):
     """Held by t times that, as clean estimates are, the student would run off near t = 0."""
     cfg = fork(chain, stage3, tmp_path, ["stage0", "stage1", "stage2"], steps=1, held=0)
     paired, loss, drifts = stage3.paired, stage3.dpo_loss, []
@@ -538,7 +539,7 @@ def test_dpo_moves_towards_the_winner(chain, tmp_path):
     cfg = fork(chain, stage3, tmp_path, ["stage0", "stage1", "stage2"], steps=30, anchor=0.0)
     stage3.main(cfg)
     records = json.load(open(f"{cfg.out}/stage3/pairs.json"))["pairs"]
-    pairs = [stage3.read_pair(f"{cfg.out}/stage3/pairs/{i:05d}.pt") for i, r in enumerate(records) if r["kept"]]
+    pairs = [stage3.read_pair(f"{cfg.out}/stage3/pairs/{i:05d}.pt") for i, r in enumerate(records) if r["trained"]]
     box = (..., slice(0, 2), slice(0, 8), slice(0, 8))
     win, lose, z_lr = (torch.stack([p[k][box] for p in pairs]).float() for k in ("win", "lose", "lr"))
     nets = [M.load_checkpoint(f"{cfg.out}/stage{k}/last.pt", "student")[0] for k in (2, 3)]
@@ -829,10 +830,9 @@ def test_verdicts_say_what_the_numbers_mean(tmp_path, stage, fine, changes, word
 
 def test_the_verdict_on_pairs_held_out(tmp_path):
     (tmp_path / "log.jsonl").write_text(json.dumps({"step": 1} | FINE3) + "\n")
-    for share, flagged in (({0.5: 0.5, 1.0: 0.75}, True), ({0.5: 0.875, 1.0: 0.5}, False)):
-        words = stage3.verdicts(tmp_path, share, 8)[-1]
-        assert words.startswith(f"on 8 held out, where 0.5 is chance: {share[0.5]:.2f} at t = 0.5, {share[1.0]:.2f} at")
-        assert ("not shown to carry over" in words) == flagged
+    for count, at_1, said in ((8, 0.875, "it carries over"), (8, 0.75, "not shown to carry over"), (4, 1.0, "too few")):
+        numbers, words = stage3.verdicts(tmp_path, count, {0.5: 1.0, 1.0: 0.9}, {0.5: 1.0, 1.0: at_1})[-2:]
+        assert f"1.00 / 1.00 at t = 0.5, 0.90 / {at_1:.2f} at t = 1; chance: 0.5 +- 0." in numbers and said in words
     assert "held out" not in "".join(stage3.verdicts(tmp_path))
 
 
