@@ -54,7 +54,7 @@ class Config:
     candidates: int = 4             # outputs per LR clip [not in the paper's summary]
     scorer: str = "proxy"           # "proxy", "dover", "pyiqa:<metric>" [paper: DOVER]; the first alone looks at LR
     keep: float = 0.5               # share of the pairs kept, those whose scores differ most [ours]
-    held: int = 8                   # pairs of those kept that are only measured, at most half, with their clips [ours]
+    held: int = 8                   # pairs held out and only measured, at most half; their clips too [ours]
     steps: int = 60                 # optimiser steps [paper: 1,000]
     lr: float = 5e-5                # learning rate [ours: at 2e-4 the steps' own noise weaves a lattice, LOG.md]
     dpo_t: str = "uniform"          # t ~ U(0, 1) [VideoAlign; the formula has a z_t]; "one": t = 1 [ours]
