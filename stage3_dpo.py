@@ -211,29 +211,33 @@ def set_aside(order, clips, held):
     """(pairs to train on, pairs held out): `held` pairs spread over `order`, whose clips are not trained on either;
     none if that left nothing to train on. clips[i]: of pair i."""
     aside = spread(order, held)
-    rest = [i for i in order if clips[i] not in {clips[j] for j in aside}]
+    taken = {clips[i] for i in aside}
+    rest = [i for i in order if clips[i] not in taken]
     return (rest, aside) if rest else (order, [])
 
 
 @torch.no_grad()
-def preferred(student, reference, pairs, window, size, seed, device, times=(0.5, 1.0)):
-    """{t: share of these pairs whose winner the student prefers, more than its reference does}, in one window of each.
-
-    1/2 is chance. More of the pairs it trained on: it learns; of pairs held out: what it learns carries over.
-    """
-    share = {}
+def margins(net, pairs, window, size, seed, device, times=(0.5, 1.0)):
+    """{t: e_l - e_w of each of these pairs, (n,)}, in one window of each, with the same noise at every call."""
+    margin = {}
     for t in times:
         common.reseed(seed, "held out")
-        inside = []
+        errors = []
         for pair in pairs:
             z_w, z_l, z_lr = (pair[k][None, :, :window, :size, :size].float().to(device) for k in ("win", "lose", "lr"))
             eps = torch.randn_like(z_w)
-            (e_w, e_l), (e_w_ref, e_l_ref) = (
-                paired(net, z_w, z_l, eps, eps, torch.full((1,), t, device=device), z_lr)[1]
-                for net in (student, reference))
-            inside.append(dpo_inside(e_w, e_w_ref, e_l, e_l_ref, 1.0).item())
-        share[t] = float(np.mean(np.array(inside) > 0))
-    return share
+            e_w, e_l = paired(net, z_w, z_l, eps, eps, torch.full((1,), t, device=device), z_lr)[1]
+            errors.append((e_l - e_w).item())
+        margin[t] = np.array(errors)
+    return margin
+
+
+def preferred(margin, margin_ref):
+    """{t: share of pairs whose winner the student prefers, more than its reference does}; both as from `margins`.
+
+    1/2 is chance. More of the pairs it trained on: it learns; of pairs held out: what it learns carries over.
+    """
+    return {t: float(np.mean(margin[t] > margin_ref[t])) for t in margin}
 
 
 def show_pairs(path, pairs, vae, device):
@@ -327,6 +331,10 @@ def main(cfg):
             batch.append([kept[row][k][box] for k in ("win", "lose", "lr", "noise")])
         return [torch.stack(x).float().to(device) for x in zip(*batch, strict=True)]
 
+    # measured at every save: pairs held out, and as many that are trained on; by the reference at the first save alone
+    measured = {"trained": spread(kept, len(held)) or kept[:1], "held": held} if held else {}
+    fixed, margins_ref = (window, size, cfg.seed, device), {}
+
     bar = tqdm(range(start, cfg.steps), "stage III", initial=start, total=cfg.steps, disable=rank > 0,
                dynamic_ncols=True)
     for step in bar:
@@ -368,8 +376,9 @@ def main(cfg):
                         **saved | {"student": M.merged(student)})
             with torch.no_grad(), autocast:
                 before, after = (M.one_step(net, eps_w, z_lr) for net in (reference, student))
-                shares = {name: preferred(student, reference, some, window, size, cfg.seed, device)
-                          for name, some in (("trained", spread(kept, len(held)) or kept[:1]), ("held", held)) if held}
+                margins_ref = margins_ref or {k: margins(reference, some, *fixed) for k, some in measured.items()}
+                shares = {name: preferred(margins(student, some, *fixed), margins_ref[name])
+                          for name, some in measured.items()}
             common.log_row(out_dir, "held.jsonl", done, pairs=len(held), **shares)
             common.panel(f"{out_dir}/panel.png", {
                 "LR": vae.decode(z_lr), "loser": vae.decode(z_l), "winner": vae.decode(z_w),
