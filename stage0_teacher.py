@@ -94,11 +94,6 @@ def learning_rate(step, cfg):
     return cfg.lr * min(1, (step + 1) / max(1, cfg.warmup), (cfg.steps - step) / max(1, cfg.decay * cfg.steps))
 
 
-def passes(cfg):
-    """DiT passes of a step, for cost.py: {network: how it is kept and (forward alone, input gradient, full)}."""
-    return {"net": ("trained", 0, 0, cfg.accumulate), "ema": ("average", 0, 0, 0)}
-
-
 # ----------------------------------------------------------------------------
 
 
@@ -206,6 +201,15 @@ def main(cfg):
                 "LR": vae.decode(z_lr), "1 step": vae.decode(few), "8 steps": vae.decode(many),
                 "8 steps, w = 0.5": vae.decode(guided), "HR, coded": vae.decode(z_0)}, verdicts(out_dir))
     common.cleanup()
+
+
+# ----------------------------------------------------------------------------
+# what a step costs, and what its log and panel say
+
+
+def passes(cfg):
+    """DiT passes of a step, for cost.py: {network: how it is kept and (forward alone, input gradient, full)}."""
+    return {"net": ("trained", 0, 0, cfg.accumulate), "ema": ("average", 0, 0, 0)}
 
 
 def verdicts(out_dir):

@@ -106,17 +106,6 @@ def pd_loss(v, target, t, t_end, space="v"):
     return error.mean()
 
 
-def ratio(prediction, target, start):
-    """||prediction - target||^2 / ||start - target||^2: 1 when nothing is learnt yet, good under 0.3."""
-    return ((prediction - target).square().mean() / (start - target).square().mean().clamp_min(1e-12)).item()
-
-
-def passes(cfg):
-    """DiT passes of a step, for cost.py: {network: how it is kept and (forward alone, input gradient, full)}."""
-    return {"student": ("trained", 0, 0, cfg.accumulate), "teacher": ("frozen", 2 * cfg.accumulate, 0, 0),
-            "CFG-distilled": ("frozen", 0, 0, 0)}
-
-
 # ----------------------------------------------------------------------------
 
 
@@ -221,6 +210,21 @@ def main(cfg):
             common.panel(f"{out_dir}/panel.png", {"LR": vae.decode(z_lr), names[0]: vae.decode(before),
                          names[1]: vae.decode(after), "HR, coded": vae.decode(z_0)}, verdicts(out_dir, done))
     common.cleanup()
+
+
+# ----------------------------------------------------------------------------
+# what a step costs, and what its log and panel say
+
+
+def passes(cfg):
+    """DiT passes of a step, for cost.py: {network: how it is kept and (forward alone, input gradient, full)}."""
+    return {"student": ("trained", 0, 0, cfg.accumulate), "teacher": ("frozen", 2 * cfg.accumulate, 0, 0),
+            "CFG-distilled": ("frozen", 0, 0, 0)}
+
+
+def ratio(prediction, target, start):
+    """||prediction - target||^2 / ||start - target||^2: 1 when nothing is learnt yet, good under 0.3."""
+    return ((prediction - target).square().mean() / (start - target).square().mean().clamp_min(1e-12)).item()
 
 
 def verdicts(out_dir, step):

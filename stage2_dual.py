@@ -98,9 +98,6 @@ PRESETS = {                         # the first one is the default; its values r
                     checkpointing=True, log_every=10, save_every=100),
 }
 
-BLURRED, GRAINY = 0.6, 1.2          # shares of the detail of HR at which verdicts speak of blur and of grain [ours]
-THROWN = 2.5                        # and, in any one line, of a student that is thrown about [ours: LOG.md]
-
 # ----------------------------------------------------------------------------
 # the maths of this stage
 
@@ -136,50 +133,6 @@ def dmd_loss(z_0, g, keep, half=True):
     return 0.5 * loss if half else loss
 
 
-def stream_gradients(losses, z_0):
-    """What each stream asks of the student's output: {name: d loss / d z_0}; zeros for one that does not reach it."""
-    found = {}
-    for name, loss in losses.items():
-        g = torch.autograd.grad(loss, z_0, retain_graph=True, allow_unused=True)[0] if loss.requires_grad else None
-        found[name] = torch.zeros_like(z_0) if g is None else g
-    return found
-
-
-def cosine(a, b):
-    """Of two tensors as vectors; 0 if one of them is 0."""
-    return F.cosine_similarity(a.flatten(), b.flatten(), dim=0)
-
-
-def dmd_health(z_0, x_real, x_fake, g, keep, pull):
-    """Numbers for verdicts on dmd_gradient, for those who edit it. g_want: mean |g| computed anew. g_cosine: of pull,
-    what reaches the student (or would), with x_fake - x_real; below 0 a sign is flipped."""
-    direction, axes = x_fake - x_real, (1, 2, 3, 4)
-    want = direction.abs().mean(axes) / (z_0 - x_real).abs().mean(axes).clamp_min(1e-5)
-    return dict(skipped=1 - keep.mean(), g_mean=g.abs().mean(), g_want=want.mean(), g_cosine=cosine(pull, direction))
-
-
-def detail(z, z_lr, z_hr):
-    """How much z adds to z_lr, as a share of what HR adds: under 1 is blur, over 1 noise."""
-    return ((z - z_lr).square().mean() / (z_hr - z_lr).square().mean()).sqrt()
-
-
-@torch.no_grad()
-def spatial_offsets(predict, z_0, z_hr, vae, eps, times=(0.2, 0.5, 0.8)):
-    """How far the real score's clean estimates lie from HR, px, median over clips: [{"t", "student", "hr"}], starting
-    from the student's sample, noised, and from HR, noised. predict: (z_t, t) -> x_0. Where the first is larger, the
-    real score's supervision is biased (the paper's Fig. 2)."""
-    truth, rows = [data.to_uint8(v) for v in vae.decode(z_hr)], []
-    for time in times:
-        t, row = torch.full((len(z_hr),), time, device=z_hr.device), {"t": time}
-        for name, z in (("student", z_0), ("hr", z_hr)):
-            videos = vae.decode(predict(M.add_noise(z, eps, t), t))
-            offsets = [math.hypot(*metrics.shift(data.to_uint8(v), hr)) for v, hr in zip(videos, truth, strict=True)]
-            offsets = [x for x in offsets if math.isfinite(x)]          # a crop without texture has none
-            row[name] = round(statistics.median(offsets), 3) if offsets else None   # outliers locked on to another
-        rows.append(row)
-    return rows
-
-
 def hinge_d(logits_real, logits_fake):
     """L_D = E max(0, 1 - D(z_t^HR)) + E max(0, 1 + D(z_t^S)), the mean over patches taken after the hinge."""
     return F.relu(1 - logits_real).mean() + F.relu(1 + logits_fake).mean()
@@ -198,25 +151,6 @@ def fm_loss(fake, real, norm="mse"):
     distance = F.mse_loss if norm == "mse" else F.l1_loss
     pairs = zip(fake, real, strict=True)
     return sum(distance(M.normalise(f), M.normalise(r).detach()) for f, r in pairs) / len(fake)
-
-
-def scored(cfg):
-    """Whether a stream needs the score models and the head; regression alone does not."""
-    return bool({"dmd", "gan"} & set(cfg.streams))
-
-
-def passes(cfg):
-    """DiT passes of an iteration, aux_per_student auxiliary updates and one of the student, for cost.py:
-    {network: how it is kept and (forward alone, input gradient, full)}. With both streams 30 forwards' worth."""
-    s, gan = int(scored(cfg)), "gan" in cfg.streams
-    n = s * cfg.aux_per_student
-    r, f = (int(gan and cfg.features in ("both", name)) for name in ("real", "fake"))    # whose features are read
-    # an auxiliary update: student alone; fake in full, and on HR; real on both. The student's: student in full, fake
-    # and real with input gradient, and on HR. Without features there is no pass on HR and no input gradient
-    counts = {"student": ("trained", n, 0, 1), "average": ("average", 0, 0, 0),
-              "fake": ("trained", f * (n + 1) + (s - f), f, n),
-              "real": ("frozen bf16", r * (2 * n + 1) + (s - r) + s * (cfg.real_score == "teacher"), r, 0)}
-    return {name: (kept, *(cfg.accumulate * k for k in numbers)) for name, (kept, *numbers) in counts.items()}
 
 
 # ----------------------------------------------------------------------------
@@ -435,6 +369,77 @@ def main(cfg):
                 "LR": vae.decode(z_lr), "student": vae.decode(z_0), "real score's x0, t = 0.5": vae.decode(x_real),
                 "fake score's x0": vae.decode(x_fake), "HR, coded": vae.decode(z_hr)}, verdicts(out_dir, rows))
     common.cleanup()
+
+
+# ----------------------------------------------------------------------------
+# what a step costs, and what its log and panel say
+
+
+def scored(cfg):
+    """Whether a stream needs the score models and the head; regression alone does not."""
+    return bool({"dmd", "gan"} & set(cfg.streams))
+
+
+def passes(cfg):
+    """DiT passes of an iteration, aux_per_student auxiliary updates and one of the student, for cost.py:
+    {network: how it is kept and (forward alone, input gradient, full)}. With both streams 30 forwards' worth."""
+    s, gan = int(scored(cfg)), "gan" in cfg.streams
+    n = s * cfg.aux_per_student
+    r, f = (int(gan and cfg.features in ("both", name)) for name in ("real", "fake"))    # whose features are read
+    # an auxiliary update: student alone; fake in full, and on HR; real on both. The student's: student in full, fake
+    # and real with input gradient, and on HR. Without features there is no pass on HR and no input gradient
+    counts = {"student": ("trained", n, 0, 1), "average": ("average", 0, 0, 0),
+              "fake": ("trained", f * (n + 1) + (s - f), f, n),
+              "real": ("frozen bf16", r * (2 * n + 1) + (s - r) + s * (cfg.real_score == "teacher"), r, 0)}
+    return {name: (kept, *(cfg.accumulate * k for k in numbers)) for name, (kept, *numbers) in counts.items()}
+
+
+def stream_gradients(losses, z_0):
+    """What each stream asks of the student's output: {name: d loss / d z_0}; zeros for one that does not reach it."""
+    found = {}
+    for name, loss in losses.items():
+        g = torch.autograd.grad(loss, z_0, retain_graph=True, allow_unused=True)[0] if loss.requires_grad else None
+        found[name] = torch.zeros_like(z_0) if g is None else g
+    return found
+
+
+def cosine(a, b):
+    """Of two tensors as vectors; 0 if one of them is 0."""
+    return F.cosine_similarity(a.flatten(), b.flatten(), dim=0)
+
+
+def dmd_health(z_0, x_real, x_fake, g, keep, pull):
+    """Numbers for verdicts on dmd_gradient, for those who edit it. g_want: mean |g| computed anew. g_cosine: of pull,
+    what reaches the student (or would), with x_fake - x_real; below 0 a sign is flipped."""
+    direction, axes = x_fake - x_real, (1, 2, 3, 4)
+    want = direction.abs().mean(axes) / (z_0 - x_real).abs().mean(axes).clamp_min(1e-5)
+    return dict(skipped=1 - keep.mean(), g_mean=g.abs().mean(), g_want=want.mean(), g_cosine=cosine(pull, direction))
+
+
+def detail(z, z_lr, z_hr):
+    """How much z adds to z_lr, as a share of what HR adds: under 1 is blur, over 1 noise."""
+    return ((z - z_lr).square().mean() / (z_hr - z_lr).square().mean()).sqrt()
+
+
+@torch.no_grad()
+def spatial_offsets(predict, z_0, z_hr, vae, eps, times=(0.2, 0.5, 0.8)):
+    """How far the real score's clean estimates lie from HR, px, median over clips: [{"t", "student", "hr"}], starting
+    from the student's sample, noised, and from HR, noised. predict: (z_t, t) -> x_0. Where the first is larger, the
+    real score's supervision is biased (the paper's Fig. 2)."""
+    truth, rows = [data.to_uint8(v) for v in vae.decode(z_hr)], []
+    for time in times:
+        t, row = torch.full((len(z_hr),), time, device=z_hr.device), {"t": time}
+        for name, z in (("student", z_0), ("hr", z_hr)):
+            videos = vae.decode(predict(M.add_noise(z, eps, t), t))
+            offsets = [math.hypot(*metrics.shift(data.to_uint8(v), hr)) for v, hr in zip(videos, truth, strict=True)]
+            offsets = [x for x in offsets if math.isfinite(x)]          # a crop without texture has none
+            row[name] = round(statistics.median(offsets), 3) if offsets else None   # outliers locked on to another
+        rows.append(row)
+    return rows
+
+
+BLURRED, GRAINY = 0.6, 1.2          # shares of the detail of HR at which verdicts speak of blur and of grain [ours]
+THROWN = 2.5                        # and, in any one line, of a student that is thrown about [ours: LOG.md]
 
 
 def verdicts(out_dir, offsets=()):

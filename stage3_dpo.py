@@ -75,8 +75,6 @@ PRESETS = {                         # the first one is the default; its values r
                     steps=1000, lr=5e-6, lora=64, checkpointing=True, alpha=0.25, save_every=100),
 }
 
-FAR = 0.25      # drift, as a share of |winner - loser|^2, at which a verdict speaks of it [ours]
-
 # ----------------------------------------------------------------------------
 # the maths of this stage
 
@@ -124,13 +122,6 @@ def rank_pair(scores):
     """(index of the best, index of the worst, their margin)."""
     best, worst = int(np.argmax(scores)), int(np.argmin(scores))
     return best, worst, float(scores[best] - scores[worst])
-
-
-def passes(cfg):
-    """DiT passes of a step, of winner and loser together, for cost.py: {network: how it is kept and (forward alone,
-    input gradient, full)}. Adapters need no gradient of the weights that they adapt."""
-    n = cfg.accumulate
-    return {"student": ("adapted", 0, n, 0) if cfg.lora else ("trained", 0, 0, n), "reference": ("frozen", n, 0, 0)}
 
 
 # ----------------------------------------------------------------------------
@@ -214,37 +205,6 @@ def set_aside(order, clips, held):
     taken = {clips[i] for i in aside}
     rest = [i for i in order if clips[i] not in taken]
     return (rest, aside) if rest else (order, [])
-
-
-@torch.no_grad()
-def margins(net, pairs, window, size, seed, device, times=(0.5, 1.0)):
-    """{t: e_l - e_w of each of these pairs, (n,)}, in one window of each, with the same noise at every call."""
-    margin = {}
-    for t in times:
-        common.reseed(seed, "held out")
-        errors = []
-        for pair in pairs:
-            z_w, z_l, z_lr = (pair[k][None, :, :window, :size, :size].float().to(device) for k in ("win", "lose", "lr"))
-            eps = torch.randn_like(z_w)
-            e_w, e_l = paired(net, z_w, z_l, eps, eps, torch.full((1,), t, device=device), z_lr)[1]
-            errors.append((e_l - e_w).item())
-        margin[t] = np.array(errors)
-    return margin
-
-
-def preferred(margin, margin_ref):
-    """{t: share of pairs whose winner the student prefers, more than its reference does}; both as from `margins`.
-
-    1/2 is chance. More of the pairs it trained on: it learns; of pairs held out: what it learns carries over.
-    """
-    return {t: float(np.mean(margin[t] > margin_ref[t])) for t in margin}
-
-
-def show_pairs(path, pairs, vae, device):
-    """pairs.png: the middle frame of LR, loser, winner of some pairs, and where they differ (x 4)."""
-    lr, lose, win = (torch.cat([vae.decode(p[k][None].float().to(device)) for p in pairs])
-                     for k in ("lr", "lose", "win"))
-    common.panel(path, {"LR": lr, "loser": lose, "winner": win, "4 (winner - loser)": 4 * (win - lose)})
 
 
 # ----------------------------------------------------------------------------
@@ -384,6 +344,51 @@ def main(cfg):
                 "LR": vae.decode(z_lr), "loser": vae.decode(z_l), "winner": vae.decode(z_w),
                 "before DPO": vae.decode(before), "after": vae.decode(after)}, verdicts(out_dir, len(held), **shares))
     common.cleanup()
+
+
+# ----------------------------------------------------------------------------
+# what a step costs, and what its log and panel say
+
+
+def passes(cfg):
+    """DiT passes of a step, of winner and loser together, for cost.py: {network: how it is kept and (forward alone,
+    input gradient, full)}. Adapters need no gradient of the weights that they adapt."""
+    n = cfg.accumulate
+    return {"student": ("adapted", 0, n, 0) if cfg.lora else ("trained", 0, 0, n), "reference": ("frozen", n, 0, 0)}
+
+
+@torch.no_grad()
+def margins(net, pairs, window, size, seed, device, times=(0.5, 1.0)):
+    """{t: e_l - e_w of each of these pairs, (n,)}, in one window of each, with the same noise at every call."""
+    margin = {}
+    for t in times:
+        common.reseed(seed, "held out")
+        errors = []
+        for pair in pairs:
+            z_w, z_l, z_lr = (pair[k][None, :, :window, :size, :size].float().to(device) for k in ("win", "lose", "lr"))
+            eps = torch.randn_like(z_w)
+            e_w, e_l = paired(net, z_w, z_l, eps, eps, torch.full((1,), t, device=device), z_lr)[1]
+            errors.append((e_l - e_w).item())
+        margin[t] = np.array(errors)
+    return margin
+
+
+def preferred(margin, margin_ref):
+    """{t: share of pairs whose winner the student prefers, more than its reference does}; both as from `margins`.
+
+    1/2 is chance. More of the pairs it trained on: it learns; of pairs held out: what it learns carries over.
+    """
+    return {t: float(np.mean(margin[t] > margin_ref[t])) for t in margin}
+
+
+def show_pairs(path, pairs, vae, device):
+    """pairs.png: the middle frame of LR, loser, winner of some pairs, and where they differ (x 4)."""
+    lr, lose, win = (torch.cat([vae.decode(p[k][None].float().to(device)) for p in pairs])
+                     for k in ("lr", "lose", "win"))
+    common.panel(path, {"LR": lr, "loser": lose, "winner": win, "4 (winner - loser)": 4 * (win - lose)})
+
+
+FAR = 0.25      # drift, as a share of |winner - loser|^2, at which a verdict speaks of it [ours]
 
 
 def verdicts(out_dir, count=0, trained=None, held=None):
