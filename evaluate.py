@@ -281,32 +281,10 @@ def extra_metrics(wanted):
                 return math.nan
         return call
     for name in EXTRA:
-        make = guarded(name, dover_metric if name == "dover" else partial(pyiqa_metric, name))()
+        made = guarded(name, metrics.learned_metric)(name)
         if name not in absent:
-            found[name] = guarded(name, make)
+            found[name] = guarded(name, made[0])
     return found, absent
-
-
-def pyiqa_metric(name):
-    """The measure of pyiqa as a function (frames, hr or None) -> mean over the frames; nan if it needs a missing hr."""
-    try:
-        import pyiqa
-    except ImportError:
-        raise ValueError("pyiqa is not installed: pip install pyiqa (non-commercial licence)") from None
-    metric = pyiqa.create_metric(name)
-
-    def measure(frames, hr):
-        x, y = (torch.from_numpy(v).permute(0, 3, 1, 2) / 255 if v is not None else None for v in (frames, hr))
-        if metric.metric_mode != "FR":
-            return float(np.mean([metric(a[None]).item() for a in x]))
-        return math.nan if y is None else float(np.mean([metric(a[None], b[None]).item()
-                                                         for a, b in zip(x, y, strict=True)]))
-    return measure
-
-
-def dover_metric():
-    score = metrics.dover_scorer()
-    return lambda frames, hr: score(frames)
 
 
 def mean_row(values):

@@ -9,6 +9,7 @@ downloads, and it over-rates over-sharpening, as most of them do. So read it bes
 """
 import functools
 import json
+import math
 import os
 import subprocess
 import tempfile
@@ -396,14 +397,32 @@ def dover(technical, aesthetic):
     return 100 / (1 + float(np.exp(-x)))
 
 
-def dover_scorer():
-    """A function frames (F, H, W, 3) -> fused score, from a module dover_scorer.py that the user writes around DOVER:
-    its raw(frames) returns (technical, aesthetic). ImportError, with this advice, if there is none."""
+def learned_metric(name):
+    """A measure that others trained, not installed with this: "dover", or one of pyiqa by its name there.
+
+    Returns (function (frames (F, H, W, 3), hr or None) -> number, +1 if higher is better or -1). The number is a mean
+    over frames, nan if the measure needs a missing hr. For DOVER the user writes a module dover_scorer.py around it
+    whose raw(frames) returns (technical, aesthetic). ImportError says what is missing.
+    """
+    if name == "dover":
+        try:
+            from dover_scorer import raw
+        except ImportError as error:
+            raise ImportError(f"write dover_scorer.py with raw(frames) -> (technical, aesthetic) ({error})") from None
+        return lambda frames, hr=None: dover(*raw(frames)), 1
     try:
-        from dover_scorer import raw
+        import pyiqa
     except ImportError:
-        raise ImportError("no DOVER: write dover_scorer.py with raw(frames) -> (technical, aesthetic)") from None
-    return lambda frames: dover(*raw(frames))
+        raise ImportError("pyiqa is not installed: pip install pyiqa (non-commercial licence)") from None
+    metric = pyiqa.create_metric(name)
+
+    def measure(frames, hr=None):
+        x, y = (torch.from_numpy(v).permute(0, 3, 1, 2) / 255 if v is not None else None for v in (frames, hr))
+        if metric.metric_mode != "FR":
+            return float(np.mean([metric(a[None]).item() for a in x]))
+        return math.nan if y is None else float(np.mean([metric(a[None], b[None]).item()
+                                                         for a, b in zip(x, y, strict=True)]))
+    return measure, -1 if metric.lower_better else 1
 
 
 NIQE_BEST = 4.0         # [ours] three of four sharp shots of the sample film have more

@@ -131,27 +131,16 @@ def rank_pair(scores):
 def make_scorer(name):
     """A function (candidates: list of uint8 (F, H, W, 3), lr: uint8 (F, h, w, 3)) -> scores, higher is better.
 
-    name: one that `check` knows. Raises SystemExit naming what to install if the scorer is not there.
+    name: one that `check` knows. Raises SystemExit naming what is missing if the scorer is not there.
     """
     if name == "proxy":
         return lambda candidates, lr: metrics.proxy_rank(candidates, lr)[0]
-    if name == "dover":
-        try:
-            score = metrics.dover_scorer()
-        except ImportError as error:
-            raise SystemExit(f"scorer dover: {error}; or use --scorer proxy") from None
-        return lambda candidates, lr: np.array([score(c) for c in candidates])
     try:
-        import pyiqa
-    except ImportError:
-        raise SystemExit(f"scorer {name}: pip install pyiqa (non-commercial), or use --scorer proxy") from None
-    metric = pyiqa.create_metric(name.removeprefix("pyiqa:"))
-    sign = -1 if metric.lower_better else 1
-
-    def score_all(candidates, lr):
-        frames = [torch.from_numpy(c[::4]).permute(0, 3, 1, 2) / 255 for c in candidates]
-        return np.array([sign * metric(f).mean().item() for f in frames])
-    return score_all
+        measure, sign = metrics.learned_metric(name.removeprefix("pyiqa:"))
+    except Exception as error:                                          # not ours: it fails in many ways
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise SystemExit(f"scorer {name}: {reason}; or use --scorer proxy") from None
+    return lambda candidates, lr: np.array([sign * measure(c) for c in candidates])
 
 
 @torch.no_grad()
@@ -194,14 +183,15 @@ def usable(path, stamp):
 
 
 def spread(order, count):
-    """`count` of them, or at most half, evenly from the first to the last."""
-    return order[1::max(2, -(-len(order) // count))][:count] if count else []
+    """`count` of them, or all if there are fewer, evenly from the first to the last."""
+    count = min(count, len(order))
+    return [order[(2 * i + 1) * len(order) // (2 * count)] for i in range(count)]
 
 
 def set_aside(order, clips, held):
-    """(pairs to train on, pairs held out): `held` pairs spread over `order`, whose clips are not trained on either;
-    none if that left nothing to train on. clips[i]: of pair i."""
-    aside = spread(order, held)
+    """(pairs to train on, pairs held out): `held` pairs spread over `order`, at most half, whose clips are not trained
+    on either; none if that left nothing to train on. clips[i]: of pair i."""
+    aside = spread(order, min(held, len(order) // 2))
     taken = {clips[i] for i in aside}
     rest = [i for i in order if clips[i] not in taken]
     return (rest, aside) if rest else (order, [])
@@ -291,9 +281,11 @@ def main(cfg):
             batch.append([kept[row][k][box] for k in ("win", "lose", "lr", "noise")])
         return [torch.stack(x).float().to(device) for x in zip(*batch, strict=True)]
 
-    # measured at every save: pairs held out, and as many that are trained on; by the reference at the first save alone
-    measured = {"trained": spread(kept, len(held)) or kept[:1], "held": held} if held else {}
-    fixed, margins_ref = (window, size, cfg.seed, device), {}
+    # whose winner does the student prefer? of pairs held out, and as many (or all) that are trained on
+    measured = {"trained": spread(kept, len(held)), "held": held} if held and rank == 0 else {}
+    fixed = window, size, cfg.seed, device
+    with autocast:
+        margins_ref = {name: margins(reference, some, *fixed) for name, some in measured.items()}
 
     bar = tqdm(range(start, cfg.steps), "stage III", initial=start, total=cfg.steps, disable=rank > 0,
                dynamic_ncols=True)
@@ -336,7 +328,6 @@ def main(cfg):
                         **saved | {"student": M.merged(student)})
             with torch.no_grad(), autocast:
                 before, after = (M.one_step(net, eps_w, z_lr) for net in (reference, student))
-                margins_ref = margins_ref or {k: margins(reference, some, *fixed) for k, some in measured.items()}
                 shares = {name: preferred(margins(student, some, *fixed), margins_ref[name])
                           for name, some in measured.items()}
             common.log_row(out_dir, "held.jsonl", done, pairs=len(held), **shares)

@@ -294,7 +294,8 @@ def test_commands_of_the_readme(run, outside, tmp_path, monkeypatch):
 class Stranger:
     """A stand-in for a metric of pyiqa: the mean error in grey levels, or the brightness without a reference."""
     def __init__(self, name):
-        self.metric_mode = "FR" if name in ("lpips", "dists") else "NR"
+        full = name in ("lpips", "dists")
+        self.metric_mode, self.lower_better = "FR" if full else "NR", full
 
     def __call__(self, x, y=None):
         assert x.shape[:2] == (1, 3) and x.dtype == torch.float32 and 0 <= x.min() and x.max() <= 1
@@ -324,7 +325,7 @@ def test_extra_metrics_that_are_installed(outside, monkeypatch):
 def test_an_extra_metric_that_fails_while_it_measures(outside, monkeypatch, capsys):
     def fails(*frames):
         raise RuntimeError("frames are too small")
-    fails.metric_mode = "NR"
+    fails.metric_mode, fails.lower_better = "NR", False
     monkeypatch.setitem(sys.modules, "pyiqa", SimpleNamespace(create_metric=lambda name: fails))
     outside.extra = True
     evaluate.main(outside)

@@ -239,7 +239,8 @@ def test_dover_uses_the_formula_it_names(monkeypatch):
         assert metrics.dover(technical, aesthetic) == pytest.approx(one_video, abs=0.1)
         assert metrics.dover(technical, aesthetic) < swapped - 5
     monkeypatch.setitem(sys.modules, "dover_scorer", SimpleNamespace(raw=lambda frames: (0.17, -0.05)))
-    assert metrics.dover_scorer()(np.zeros((2, 8, 8, 3), np.uint8)) == pytest.approx(69.7, abs=0.1)
+    score, sign = metrics.learned_metric("dover")
+    assert score(np.zeros((2, 8, 8, 3), np.uint8)) == pytest.approx(69.7, abs=0.1) and sign == 1
 
 
 def test_proxy_rank_prefers_sharp_and_steady(pan):

@@ -1,6 +1,7 @@
 """Stage III against closed forms: the DPO loss, its gradient at t = 1, its anchor."""
 import math
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -109,13 +110,15 @@ def test_own_noise_is_a_saddle_that_an_anchor_below_one_half_holds(alpha, holds)
 def test_set_aside_spreads_over_the_margins_and_takes_at_most_half():
     clips = [*range(24)]
     assert stage3.set_aside([*range(24)], clips, 8) == ([i for i in range(24) if i % 3 != 1], [*range(1, 24, 3)])
-    assert stage3.set_aside([*range(23)], clips, 8)[1] == [*range(1, 23, 3)]
+    assert all(len(stage3.set_aside([*range(n)], [*range(n)], held)[1]) == held
+               for n, held in ((23, 8), (18, 8), (16, 8), (200, 32)))
+    assert len(stage3.set_aside([*range(10)], clips, 8)[1]) == 5
     assert stage3.set_aside([4, 2, 7], clips, 8) == ([4, 7], [2]) and stage3.set_aside([4], clips, 8) == ([4], [])
     assert stage3.set_aside([4, 2, 7], clips, 0) == ([4, 2, 7], [])
 
 
 def test_no_clip_of_a_pair_held_out_is_trained_on():
-    assert stage3.set_aside([0, 1, 2, 3, 4], [7, 8, 8, 7, 9], 1) == ([0, 3, 4], [1])        # pair 2 is of clip 8, too
+    assert stage3.set_aside([0, 1, 2, 3, 4], [7, 8, 8, 7, 9], 1) == ([0, 3, 4], [2])        # pair 1 is of clip 8, too
     assert stage3.set_aside([0, 1, 2], [7, 7, 7], 1) == ([0, 1, 2], [])
 
 
@@ -143,8 +146,19 @@ def test_absent_scorers_are_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "pyiqa", None)
     monkeypatch.setitem(sys.modules, "dover_scorer", None)
     for name, words in (("dover", "dover_scorer"), ("pyiqa:musiq", "pip install pyiqa")):
-        with pytest.raises(SystemExit, match=words):
+        with pytest.raises(SystemExit, match=f"scorer {name}: .*{words}.*; or use --scorer proxy"):
             stage3.make_scorer(name)
+
+
+@pytest.mark.parametrize("lower, best", [(False, 1), (True, 0)])
+def test_a_scorer_of_pyiqa_ranks_by_the_direction_of_its_metric(monkeypatch, lower, best):
+    def brightness(x):
+        return x.mean()
+    brightness.metric_mode, brightness.lower_better = "NR", lower
+    monkeypatch.setitem(sys.modules, "pyiqa", SimpleNamespace(create_metric=lambda name: brightness))
+    dark, bright = (np.full((2, 8, 8, 3), value, np.uint8) for value in (51, 102))
+    scores = stage3.make_scorer("pyiqa:brightness")([dark, bright], None)
+    assert stage3.rank_pair(scores)[0] == best and np.abs(scores) == pytest.approx([0.2, 0.4], abs=1e-6)
 
 
 @pytest.mark.parametrize("changes, words", [(dict(dpo_t="two"), "one, uniform"), (dict(beta_mode="x"), "constant"),

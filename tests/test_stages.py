@@ -494,7 +494,7 @@ def test_a_scorer_without_a_score_is_one_line(chain, tmp_path, monkeypatch):
                                            (dict(dpo_t="one", own_noise=True, anchor=0.0), True)])
 def test_dpo_variants(chain, tmp_path, monkeypatch, changes, zero):
     """Own noise teaches nothing at t = 1: the first gradient is zero, up to fp16."""
-    cfg = fork(chain, stage3, tmp_path, ["stage0", "stage1", "stage2"], steps=1, **changes)
+    cfg = fork(chain, stage3, tmp_path, ["stage0", "stage1", "stage2"], steps=1, held=0, **changes)
     seen, add_noise = [], M.add_noise
     monkeypatch.setattr(M, "add_noise", lambda z, eps, t: seen.append((eps, t)) or add_noise(z, eps, t))
     stage3.main(cfg)
@@ -925,7 +925,7 @@ def test_stage2_makes_the_passes_it_announces(chain, tmp_path, monkeypatch, chan
 
 @pytest.mark.parametrize("stage, changes", [
     (stage0, dict(steps=1)), (stage0, dict(steps=1, accumulate=3)), (stage1, dict(cfg_steps=1)),
-    (stage3, dict(steps=1)), (stage3, dict(steps=1, lora=2))])
+    (stage3, dict(steps=1, held=0)), (stage3, dict(steps=1, held=0, lora=2))])
 def test_other_stages_make_the_passes_they_announce(chain, tmp_path, monkeypatch, stage, changes):
     cfg = fork(chain, stage, tmp_path, ["stage0", "stage1", "stage2"][:[stage0, stage1, None, stage3].index(stage)],
                log_every=10**6, save_every=10**6, **changes)
