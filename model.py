@@ -35,7 +35,7 @@ from einops import rearrange
 from torch.utils.checkpoint import checkpoint
 
 NULL, POSITIVE, NEGATIVE = 0, 1, 2      # prompt ids: no text, high quality, low quality
-AGAINST = NEGATIVE                      # the "null" of guidance, what it moves away from; NULL [paper]
+AGAINST = NEGATIVE                      # what guidance moves away from [ours]; the paper's: NULL, no text
 
 # learned: prompts are parameters; otherwise they are read from a file. residual: adds to linear_velocity
 # rope: base of the rotary frequencies. A short head has few: 10000 would leave it 1, 0.16, 0.03, ... radians a token
@@ -229,7 +229,8 @@ class DiT(nn.Module):
         super().__init__()
         self.rope = rope                                                # base of the rotary frequencies
         self.checkpointing = False                                      # keep block inputs, compute the rest twice
-        self.register_buffer("residual", torch.full((channels,), 0.5) if residual else None)    # set by stage 0
+        # E (z_0 - z_lr)^2 of each channel, which stage 0 measures, for linear_velocity
+        self.register_buffer("residual", torch.full((channels,), 0.5) if residual else None)
         self.patch_embedding = nn.Conv3d(2 * channels, dim, (1, 2, 2), stride=(1, 2, 2))
         self.text_embedding = nn.Sequential(nn.Linear(text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim))
         self.time_embedding = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim))

@@ -50,7 +50,7 @@ class Config:
     lr: float = 1e-3                # AdamW learning rate after warm-up [ours]
     warmup: int = 200               # steps from 0 to lr
     decay: float = 0.3              # last share of the steps, in which lr falls to 0
-    ema: float = 0.999              # decay of the averaged weights [SeedVR: 0.9998]
+    ema: float = 0.999              # decay of the averaged weights, less at first [SeedVR: 0.9998]
     text_drop: float = 0.1          # share of clips that lose their prompt; z_lr is never dropped
     negative: float = 0.25          # share of clips with softened target and the negative prompt [SUPIR]
     lr_noise: float = 0.1           # z_lr <- (1 - a) z_lr + a n, a ~ U(0, lr_noise) [SeedVR: 0.25]

@@ -43,12 +43,12 @@ class Config:
     latents: str = ""               # file of data.py prepare --latents, used instead of data; "": none
     checkpointing: bool = False     # keep the inputs of blocks alone and compute the rest twice: less memory
     dry_run: bool = False           # print what a step costs, in passes, FLOPs and memory, and stop
-    cfg_w: float = 0.5              # guidance weight, the usual scale is 1 + w; 1 adds grain [ours: LOG.md]
+    cfg_w: float = 0.5              # guidance weight, the usual scale is 1 + w; w = 1 adds grain [ours: LOG.md]
     cfg_steps: int = 60             # steps of CFG distillation [not in the paper's summary]
     cfg_lr: float = 1e-4            # its learning rate, linear to 0 [ours]
     pd_grid: tuple = (64, 32, 16, 8, 4, 2, 1)   # Euler steps of each teacher, and of the last student [paper]
     steps_per_phase: int = 60       # steps until the student becomes the teacher [paper: 500]
-    pd_lr: float = 5e-4             # learning rate of the last phase, linear to 0 in each; / sqrt(n) at n steps [ours]
+    pd_lr: float = 5e-4             # learning rate of the last phase, / sqrt(n) in that of n steps, linear to 0 [ours]
     pd_space: str = "v"             # "v": compare velocities [Salimans & Ho]; "z": compare end points [paper]
     shift: float = 1.0              # time shift of all grids; they nest only if it never changes [Wan: 5 for 720p]
     log_every: int = 10             # steps between log lines
@@ -68,12 +68,12 @@ PRESETS = {                         # the first one is the default; its values r
 
 
 def cfg_target(velocity, z_t, t, w):
-    """(v_cfg, v_c): the teacher's guided velocity and its conditional part. velocity: (z, t, prompt ids) -> v.
+    """(v_cfg, v_c): the teacher's guided velocity and its conditional part. velocity: (z, t, which prompt) -> v.
 
     The null branch changes the text and keeps z_lr.
     """
-    v_c = velocity(z_t, t, M.prompt(z_t))
-    v_null = velocity(z_t, t, M.prompt(z_t, M.AGAINST))
+    v_c = velocity(z_t, t, M.POSITIVE)
+    v_null = velocity(z_t, t, M.AGAINST)
     return M.guide(v_c, v_null, w), v_c
 
 
@@ -168,9 +168,9 @@ def main(cfg):
             u = common.draw(torch.rand, (cfg.batch,), part, parts, device)
             eps = common.draw(torch.randn, z_0.shape, part, parts, device)
 
-            def velocity(z, t, text=None, z_lr=z_lr):
+            def velocity(z, t, which=M.POSITIVE, z_lr=z_lr):
                 with autocast:
-                    return teacher(z, t, z_lr, M.prompt(z) if text is None else text).float()
+                    return teacher(z, t, z_lr, M.prompt(z, which)).float()
 
             if phase < 0:
                 t = t_end = M.time_shift(u, cfg.shift)

@@ -3,15 +3,19 @@
 DMD moves the student's distribution towards the teacher's: a frozen "real" score model says where clean data lie, a
 "fake" one, trained along on the student's own outputs, says where the student's lie; their difference is the gradient.
 RFS-GAN moves it towards real video: a small convolutional head reads the features of both score models.
-Why both (the paper; README has what we found): DMD alone is bounded by its teacher and biased, since the real score has
-never seen a student's outputs and moves what they show off HR; the GAN sees real video, but alone is unstable.
+Why both (the paper's reasons; README has what we found): DMD alone can be no better than its teacher, and is biased:
+the real score was never trained on a student's outputs, and its clean estimates of them shift what they show away from
+HR. The GAN sees real video, but alone it is unstable.
 
     gradient of     student     fake        head        real        (-: takes no part)
     L_Diff          -           trains      -           -
     L_D             -           detached    trains      no_grad
-    L_DMD           trains      no_grad     -           no_grad
+    L_DMD           trains      detached    -           detached
     L_G             trains      passes on   passes on   passes on
     L_FM            trains      passes on   -           passes on
+
+In the student's update one forward of each score model serves L_DMD, L_G and L_FM: its velocity is detached, its
+features are not.
 
     python stage2_dual.py                                       # tiny, on a CPU
     torchrun --nproc_per_node=8 stage2_dual.py --preset small
@@ -21,9 +25,11 @@ Reads   out/<preset>/stage1/last.pt: cfg (real score, and where the fake score s
 Writes  out/<preset>/stage2/last.pt: student (averaged weights, read by stage III), net (its raw weights), fake, head,
         vae, and what --resume needs; log.jsonl, offsets.jsonl, panel.png, loss.png.
 
-Differs from the paper: L_DMD carries the factor 1/2 of DMD2, so that its gradient is the normalised difference itself
-(dmd_half = False drops it). Left open there and settled here: the real score is the CFG-distilled model, one pass for a
-guided prediction; logits are per patch; all else that is marked [ours] or with its source.
+Differs from the paper: (1) L_DMD carries the factor 1/2 of DMD2, so that its gradient is the normalised difference
+itself (dmd_half = False drops it); (2) before the first update of the student the fake score and the head get
+aux_warmup of their own; (3) a sample whose mean |g| exceeds 10 is left out of L_DMD; (4) stage III reads averaged
+weights. Left open there and settled here: the real score is the CFG-distilled model, one pass for a guided prediction;
+logits are per patch; all else that is marked [ours] or with its source.
 Only for comparison (ablate.py): regression in place of the streams, and a student that has not been through stage I.
 
 Names: z_0 is the student's output here, z_hr the latent of HR (z_0 in stages 0 and I); eps_in the noise the student
@@ -72,7 +78,7 @@ class Config:
     w_gan: float = 0.1              # weight of L_G [paper]
     w_fm: float = 0.05              # weight of L_FM [paper]
     dmd_half: bool = True           # 1/2 in L_DMD [DMD2]; the paper writes none, which doubles L_DMD
-    t_min: float = 0.02             # score times are t_min + (t_max - t_min) shift(u) [DMD2]
+    t_min: float = 0.02             # score times are t_min + (t_max - t_min) shift(u) [range: DMD2]
     t_max: float = 0.98             # [DMD2]; a narrower range, such as 0.7, keeps closer to the LR [ours]
     shift: float = 1.0              # shift of the score times [ours; 5 at 1.3B: Self-Forcing]
     real_score: str = "cfg"         # "cfg": CFG-distilled, one pass; "teacher": stage 0, guided by cfg_w, two [ours]
@@ -114,7 +120,8 @@ def dmd_gradient(z_0, x_real, x_fake):
     t (v_real - v_fake) over the normaliser: in velocities the sign turns. From scores s = -(z_t - (1 - t) x) / t^2 it
     comes so: the gradient of the KL divergence, E[(1 - t) (s_fake - s_real) dz_0/dtheta], is the mean of
     ((1 - t) / t)^2 (x_fake - x_real) dz_0/dtheta, and the normaliser takes the place of that weight.
-    Returns (g, keep): keep (B,) is 0 for a sample whose mean |g| exceeds 10 (a spike, no direction) or is not finite.
+    Returns (g, keep): keep (B,) is 0 for a sample whose mean |g| exceeds 10 (a spike, no direction [ours]) or is not
+    finite.
     """
     axes = (1, 2, 3, 4)
     scale = (z_0 - x_real).abs().mean(dim=axes, keepdim=True).clamp_min(1e-5)
@@ -226,9 +233,9 @@ def main(cfg):
         return z_hr, z_lr, common.draw(torch.randn, z_lr.shape, part, parts, device)
 
     def noise(z, part):
-        """Score times and the noise that is added there: one t per clip, the same for DMD, GAN and L_Diff. Fresh noise:
-        with eps_in z_t would lie on the path that the student came along. HR gets the same, so that content alone
-        differs."""
+        """Score times, one per clip, and the noise that is added there, the same for all losses of one update (but for
+        L_D's HR without gan_same_noise), so that student and HR differ by content alone. Fresh noise: with eps_in z_t
+        would lie on the very path that led the student to z_0."""
         u = common.draw(torch.rand, (len(z),), part, parts, device)
         return (score_times(u, cfg.t_min, cfg.t_max, cfg.shift),
                 common.draw(torch.randn, z.shape, part, parts, device))
@@ -249,7 +256,7 @@ def main(cfg):
     first = start or -warmup                                            # nothing is saved during the warm-up
     bar = tqdm(range(first, cfg.steps), "stage II", initial=first + warmup, total=cfg.steps + warmup,
                disable=rank > 0, dynamic_ncols=True)
-    head_trains = "gan" in cfg.streams                                  # in sequence also while DMD leads
+    head_trains = "gan" in cfg.streams                                  # "sequential": in DMD's half too
     warm = []                                                           # L_D over the warm-up
     for step in bar:
         active = set(cfg.streams)
@@ -282,11 +289,11 @@ def main(cfg):
                         with autocast:
                             logits = head_ddp([torch.cat(pair) for pair in zip(f_hr, f_s, strict=True)])
                         loss_d = hinge_d(*logits.float().chunk(2))
-                    ((loss_diff + loss_d) / cfg.accumulate).backward()  # disjoint parameters: one serves both
+                    ((loss_diff + loss_d) / cfg.accumulate).backward()  # they train different weights: one serves both
             norm_fake = common.clip_and_step(opt_fake, fake, cfg.clip_norm)
             if head_trains:
                 common.clip_and_step(opt_head, head, cfg.clip_norm)
-            opt_fake.zero_grad(), opt_head.zero_grad()                  # now: the student's update needs the room
+            opt_fake.zero_grad(), opt_head.zero_grad()                  # frees memory for the student's update
             values = dict(diff=loss_diff, grad_norm_fake=norm_fake) | (dict(d=loss_d) if head_trains else {})
         if step < 0:
             warm.append(loss_d.item())
@@ -304,7 +311,7 @@ def main(cfg):
             with common.accumulating(part + world >= parts, student_ddp):
                 with autocast:
                     z_0 = M.one_step(student_ddp, eps_in, z_lr)
-                losses = {}                                             # weighted, and so are they logged
+                losses = {}                                             # already weighted, and so logged
                 if "mse" in active:
                     losses["mse"] = F.mse_loss(z_0, z_hr)
                 if scored(cfg):
@@ -433,7 +440,7 @@ def spatial_offsets(predict, z_0, z_hr, vae, eps, times=(0.2, 0.5, 0.8)):
             videos = vae.decode(predict(M.add_noise(z, eps, t), t))
             offsets = [math.hypot(*metrics.shift(data.to_uint8(v), hr)) for v, hr in zip(videos, truth, strict=True)]
             offsets = [x for x in offsets if math.isfinite(x)]          # a crop without texture has none
-            row[name] = round(statistics.median(offsets), 3) if offsets else None   # outliers locked on to another
+            row[name] = round(statistics.median(offsets), 3) if offsets else None   # some match elsewhere
         rows.append(row)
     return rows
 

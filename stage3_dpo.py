@@ -13,10 +13,11 @@ Writes  out/<preset>/stage3/pairs/*.pt, the ranked pairs, used again if they are
 Differs from the paper: (1) the scorer is an offline proxy (NIQE, flicker and consistency with LR, so these three are no
 independent evidence for this stage) unless DOVER or a pyiqa metric is installed and named; (2) an anchor to the stage
 II student is added (anchor = 0: none): at t = 1 dpo_inside is linear in the student's output, and the loss falls for
-ever along winner - loser; (3) some pairs are held out, to see whether the preference carries over. Left open there and
-settled here: winner and loser share fresh noise and one time. With each candidate's own noise the reference reproduces
-both at t = 1, and the gradient starts at 0. The time is uniform, as the z_t of the formula suggests, though the student
-only ever runs at t = 1 (dpo_t = "one": there alone).
+ever along winner - loser; (3) of the pairs made only those with the larger margins are used (keep); (4) some are held
+out, to see whether the preference carries over. Left open there and settled here: winner and loser share fresh noise
+and one time. With each candidate's own noise the reference reproduces both at t = 1, and the gradient starts at 0. The
+time is uniform, as the z_t of the formula suggests, though the student only ever runs at t = 1 (dpo_t = "one": there
+alone).
 """
 import json
 from copy import deepcopy
@@ -52,9 +53,9 @@ class Config:
     dry_run: bool = False           # print what a step costs, in passes, FLOPs and memory, and stop
     pairs: int = 48                 # pairs made, clip after clip, then again with other noise [paper: 2,000]
     candidates: int = 4             # outputs per LR clip [not in the paper's summary]
-    scorer: str = "proxy"           # "proxy", "dover", "pyiqa:<metric>" [paper: DOVER]; the first alone looks at LR
+    scorer: str = "proxy"           # "proxy", "dover", "pyiqa:<metric>" [paper: DOVER]; only "proxy" looks at LR
     keep: float = 0.5               # share of the pairs kept, those whose scores differ most [ours]
-    held: int = 8                   # pairs held out and only measured, at most half; their clips too [ours]
+    held: int = 8                   # pairs held out, at most half; no other pair of their clips is used [ours]
     steps: int = 60                 # optimiser steps [paper: 1,000]
     lr: float = 5e-5                # learning rate [ours: at 2e-4 the steps' own noise weaves a lattice, LOG.md]
     dpo_t: str = "uniform"          # t ~ U(0, 1) [VideoAlign; the formula has a z_t]; "one": t = 1 [ours]
@@ -159,7 +160,7 @@ def make_pair(i, student, vae, bank, clip, cfg, scorer, device):
     eps = torch.randn(cfg.candidates, *z_lr.shape[1:], device=device)
     with common.autocast(device):
         z = torch.cat([M.sample(velocity, e[None], z_lr, 1) for e in eps])
-    scores = scorer([data.to_uint8(vae.draw_onto(up, z_lr, x[None])) for x in z], lr)  # infer.py's, before its colours
+    scores = scorer([data.to_uint8(vae.draw_onto(up, z_lr, x[None])) for x in z], lr)  # infer.py's, colours as they are
     if not np.isfinite(scores).all():
         raise SystemExit(f"scorer {cfg.scorer}: no score for an output of clip {i % len(bank)}; use another")
     best, worst, margin = rank_pair(scores)
@@ -262,7 +263,8 @@ def main(cfg):
     # sigmoid(-inside) beta (w - l) of DPO and 2 lam (x - x_ref) of the anchor, are equal at alpha (w - l) or before.
     # With own_noise, errors there start at 0 and so does the gradient, but at a saddle: e_l grows as the student
     # spoils what it makes of the losers' noise; the anchor, beta / (8 alpha) (e_w + e_l), holds if alpha < 1/2.
-    # At t < 1 winner and loser are two inputs with shared noise as well: for alpha > 1/2 the anchor only slows e_l
+    # At t < 1 winner and loser are two inputs with shared noise as well: for alpha > 1/2 the anchor only slows e_l,
+    # until sigmoid(-inside) has shrunk
     beta = cfg.dpo_beta or choose_beta(distance, cfg.alpha)
     lam = cfg.anchor * beta / (4 * cfg.alpha)
 
@@ -390,7 +392,7 @@ def verdicts(out_dir, count=0, trained=None, held=None):
     last = {k: sum(line[k] for line in lines) / len(lines) for k in lines[0]}
     if last["drift"] > FAR:
         return [f"drift {last['drift']:.2f} of |winner - loser|^2: too far; raise anchor, lower alpha or stop earlier"]
-    words = [f"implicit accuracy {last['accuracy']:.2f}, on the pairs it trains on: " + (
+    words = [f"implicit accuracy {last['accuracy']:.2f}, inside {last['inside']:.2g} on the pairs it trains on: " + (
              "it learns them" if last["accuracy"] > 0.6 else "winners and losers look alike to it; raise lr")]
     if count:
         noise = 0.5 * count ** -0.5                                     # standard deviation of a share by chance

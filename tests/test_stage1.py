@@ -8,8 +8,8 @@ from tests.test_maths import exact_velocity
 
 
 def test_cfg_target_uses_both_prompts():
-    def velocity(z, t, text):
-        return torch.full_like(z, {M.POSITIVE: 1.0, M.AGAINST: 0.4}[text[0].item()])
+    def velocity(z, t, which):
+        return torch.full_like(z, {M.POSITIVE: 1.0, M.AGAINST: 0.4}[which])
     z = torch.randn(2, 4, 1, 2, 2)
     v_cfg, v_c = stage1.cfg_target(velocity, z, torch.rand(2), w=2.0)
     torch.testing.assert_close(v_cfg, torch.full_like(z, 2.2))

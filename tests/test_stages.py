@@ -797,7 +797,8 @@ def test_the_log_and_the_offsets_are_of_what_they_say(chain, tmp_path, monkeypat
 
 FINE2 = dict(g_mean=1.0, g_cosine=0.9, g_want=1.0, skipped=0.0, lag=0.9, detail=0.9, detail_real=0.9, d=1.5, diff=0.1,
              pull_gan=1.0, pull_dmd=2.0, gan=-0.01)
-FINE3 = dict(accuracy=0.8, drift=0.01, winner_change=-0.01, loser_change=0.01, winner_error=0.3, loser_error=0.3)
+FINE3 = dict(accuracy=0.8, inside=0.1, drift=0.01, winner_change=-0.01, loser_change=0.01, winner_error=0.3,
+             loser_error=0.3)
 CASES2 = [
     (dict(), "healthy", "raise|lower|halve|flipped|grain"),
     (dict(g_mean=0.05, g_want=0.05), "equals the real one", "spikes"),
@@ -814,7 +815,7 @@ CASES2 = [
     (dict(g_want=0.0, g_mean=0.0), "equals the real one", "not normalised"),
     (dict(pull_gan=3.0), "halve w_gan", "detached")]
 CASES3 = [
-    (dict(), "0.80, on the pairs it trains on: it learns them", "raise|lower"),
+    (dict(), "0.80, inside 0.1 on the pairs it trains on: it learns them", "raise|lower"),
     (dict(accuracy=0.5), "look alike to it; raise lr", "too far"),
     (dict(drift=0.3, accuracy=0.5), "too far; raise anchor", "raise lr"),
     (dict(winner_change=0.02, loser_change=0.02), "likelihood drop", "raise lr"),
