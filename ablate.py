@@ -13,9 +13,8 @@ Writes  <out>/ablate/NAME/: table.md; results.json (numbers per arm, seed and cl
         a picture per clip (LR, arms, HR; seed 0); clips/, the outputs, lossless; a run folder ARM-seedK/ for each arm.
 
 Differs from the paper: the joint row of its streams is its I + II + III row, and whether its other rows had stage III
-is not said; here all arms go through it alike, or with --no-stage3 none. Regression is DOVE's, no row of the paper. The
-paper's row I + III is not run. streams-cfg is not in the paper: the streams from a student that has not been through
-progressive distillation.
+is not said; here all arms go through it alike, or with --no-stage3 none. Regression is DOVE's, no row of the paper.
+streams-cfg is not in the paper: the streams from a student that has not been through progressive distillation.
 """
 import json
 import math
@@ -52,6 +51,7 @@ class Arm:
     two: dict = field(default_factory=dict)     # fields of stage2_dual.Config that differ
     three: dict = field(default_factory=dict)   # fields of stage3_dpo.Config that differ
     row: str = "stage3"                         # whose output is measured: a row of evaluate.sources
+    skip: tuple = ()                            # (2,): stage III starts from stage I
     paper: tuple = ()                           # the paper's row, as in PAPER
 
 
@@ -63,6 +63,7 @@ ARMS = {
         "teacher1": Arm("teacher, 1 step", row="teacher1"),
         "I": Arm("stage I", row="stage1", paper=(5.45, 58.97, 0.408, 86.49)),
         "I+II": Arm("stage I + II", row="stage2", paper=(4.64, 63.36, 0.487, 88.01)),
+        "I+III": Arm("stage I + III", skip=(2,), paper=(5.11, 60.22, 0.423, 87.63)),
         "I+II+III": Arm("stage I + II + III", paper=(4.42, 63.68, 0.489, 88.15)),
     },
     "streams": {
@@ -108,7 +109,7 @@ SHOWN = ("psnr", "ssim", "niqe", "vmaf_neg", "temporal", "grid")        # column
 
 def needs(arm):
     """The stages that an arm trains after stage I."""
-    return {"stage2": (2,), "stage3": (2, 3)}.get(arm.row, ())
+    return tuple(n for n in {"stage2": (2,), "stage3": (2, 3)}.get(arm.row, ()) if n not in arm.skip)
 
 
 def arms_of(args):
@@ -286,7 +287,7 @@ def twin(run, about, n):
 def judge(arms, key):
     """The first arm whose candidates for DPO come from the same stage II as this arm's and are ranked as they are."""
     def made_by(arm):
-        return arm.two, *(arm.three.get(k) for k in ("candidates", "scorer"))
+        return arm.two, arm.skip, *(arm.three.get(k) for k in ("candidates", "scorer"))
     return next(k for k, arm in arms.items() if 3 in needs(arm) and made_by(arm) == made_by(arms[key]))
 
 
@@ -307,6 +308,8 @@ def prepare(args, folder, arms, key, seed):
     common.put(note, json.dumps(about, indent=2))
     for name in ("stage0", "stage1"):
         link(f"{args.out}/{name}", run / name)
+    if 2 in arms[key].skip:
+        link(run / "stage1", run / "stage2")                    # whose student stage III reads
     for n in cfgs:
         if (stage := run / f"stage{n}").is_symlink() and not stage.exists():
             stage.unlink()                                      # into an ablation that was removed
@@ -469,7 +472,7 @@ def main(argv=None):
             run, cfgs = prepare(args, folder, arms, key, seed)
             todo = {n: c for n, c in cfgs.items() if not finished(f"{run}/stage{n}/last.pt")}
             if todo:
-                data.training_bank(cfgs[2], 0)                  # made here, so that no arm's time includes it
+                data.training_bank(cfgs[min(cfgs)], 0)                  # made here, so that no arm's time includes it
             if todo or not (run / "numbers.json").exists():
                 calls = {"teacher50": args.teacher_steps, "teacher1": 1}.get(arm.row, 0) * (2 if cfg.cfg_w else 1) or 1
                 known = "" if set(todo) <= set(pace) else ", at least: what surrounds the network is not measured yet"

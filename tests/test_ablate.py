@@ -126,7 +126,9 @@ def test_arms_hold_what_their_names_say():
         "one-free": {"dpo_t": "one", "anchor": 0.0}, "own-noise": {"dpo_t": "one", "own_noise": True},
         "own-noise-held": {"dpo_t": "one", "own_noise": True, "alpha": 0.25}}
     rows = [arm.row for arm in ablate.ARMS["stages"].values()]
-    assert rows == ["teacher50", "teacher1", "stage1", "stage2", "stage3"]
+    assert rows == ["teacher50", "teacher1", "stage1", "stage2", "stage3", "stage3"]
+    assert {key: ablate.needs(arm) for key, arm in ablate.ARMS["stages"].items() if ablate.needs(arm)} == {
+        "I+II": (2,), "I+III": (3,), "I+II+III": (2, 3)}
 
 
 # ----------------------------------------------------------------------------
@@ -227,15 +229,19 @@ def test_dpo_arms_share_stage2_and_its_pairs(run, monkeypatch):
 
 def test_stages_trains_once_and_takes_the_rows_of_the_teacher(run):
     folder, calls = run("stages", "--seeds", "1")
-    assert calls == [(2, "I+II-seed0"), (3, "I+II+III-seed0")]
+    assert calls == [(2, "I+II-seed0"), (3, "I+III-seed0"), (3, "I+II+III-seed0")]
+    short, whole = (json.loads((folder / f"{key}-seed0/stage3/run.json").read_text())["config"] | {"out": ""}
+                    for key in ("I+III", "I+II+III"))
+    assert short == whole
+    assert (folder / "I+III-seed0/stage2").samefile(folder.parent.parent / "stage1")    # whose student it starts from
     result = json.loads((folder / "results.json").read_text())
     sources = result["stamp"]["checkpoints"]
     assert [(s["part"], s["steps"], s["w"]) for s in sources.values()] == [("ema", 2, 0.5), ("ema", 1, 0.5)] + [
-        ("student", 1, 0.0)] * 3
-    assert [s["path"].split("/")[-2] for s in sources.values()] == ["stage0", "stage0", "stage1", "stage2", "stage3"]
+        ("student", 1, 0.0)] * 4
+    assert [s["path"].split("/")[-2] for s in sources.values()] == [f"stage{n}" for n in (0, 0, 1, 2, 3, 3)]
     rows = table_rows((folder / "table.md").read_text())
     assert [row[0] for row in rows[1:3]] == ["teacher, 2 steps", "teacher, 1 step"] and rows[1][-1] == "87.98"
-    assert len({repr(about["seeds"]["0"]["a"]["psnr"]) for about in result["arms"].values()}) == 5
+    assert len({repr(about["seeds"]["0"]["a"]["psnr"]) for about in result["arms"].values()}) == 6
 
 
 def test_what_two_ablations_share_is_trained_once(run, monkeypatch):
