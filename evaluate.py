@@ -389,7 +389,7 @@ def read_frames(path):
     lossy = any(p.suffix.lower() not in {".png", ".bmp"} for p in files)
     try:
         if files[0].suffix.lower() not in media.IMAGES:
-            return media.read_video(path), not media.lossless(path)
+            return media.read_video(path), not media.header(path)["lossless"]
         frames = [media.read_image(p) for p in files]
     except ValueError as error:
         raise SystemExit(f"{error}; remove it or repair it") from None

@@ -14,7 +14,9 @@ frames overlap and are blended, and none reaches across a cut. OUTPUT appears wh
 run has finished stays in a hidden folder beside it, for --resume.
 """
 import itertools
+import math
 import os
+import re
 import sys
 import zlib
 from dataclasses import dataclass
@@ -145,6 +147,8 @@ def open_video(path):
     info, seen = media.video_info(path), media.survey(path)
     if seen["problem"]:
         print(f"{path}: damaged ({seen['problem']}); {seen['frames']} frames can be read", file=sys.stderr)
+    if hdr := media.header(path)["hdr"]:
+        print(f"{path}: HDR ({hdr}), tone-mapped: the output is SDR", file=sys.stderr)
     times = None if media.steady(seen["times"], info["fps"]) else seen["times"]
     return Film(lambda: media.stream(path), seen["frames"], seen["cuts"], info["fps"], info["aspect"], times,
                 seen["times"][0], path)
@@ -220,6 +224,8 @@ def jobs(source, target, resume=False):
         raise ValueError(f"{target}: the output is the input; name another")
     if target.suffix.lower() not in {".mp4", ".mov", ".mkv", ".png", ""}:
         raise ValueError(f"{target}: the output ends in .mp4, .mov, .mkv, .png, or in nothing for a folder")
+    if target.exists() and target.is_dir() != (not target.suffix):
+        raise ValueError(f"{target}: a {'folder; name a file in it' if target.is_dir() else 'file, not a folder'}")
     if not source.is_dir():
         picture = source.suffix.lower() in media.IMAGES
         if target.suffix.lower() == ".png" and not picture:
@@ -232,10 +238,17 @@ def jobs(source, target, resume=False):
     files = media.files_in(source, media.VIDEOS | media.IMAGES)
     if not files:
         raise ValueError(f"{source}: no videos or pictures in this folder")
+    if others := sorted(p.name for p in source.iterdir() if p.name[0] != "." and p not in files):
+        print(f"{source}: left out, not by its ending a video or picture: {', '.join(others)}", file=sys.stderr)
     if media.numbered(files):
         one = target.suffix.lower() == ".png"
         if one and len(files) > 1:
             raise ValueError(f"{target}: one picture for {len(files)} frames; name a folder, .mp4 or .mkv")
+        numbers = [[int(x) for x in re.findall(r"\d+", path.stem)] for path in files]
+        if gaps := [files[i + 1].name for i, (a, b) in enumerate(itertools.pairwise(numbers))
+                    if sum(b) - sum(a) != 1]:
+            print(f"{source}: numbers are missing before {gaps[0]}; the pictures are taken as successive frames",
+                  file=sys.stderr)
         return [(files[0] if one else files, target)]
     if target.suffix:
         raise ValueError(f"{target}: {source} holds {len(files)} separate files; name a folder")
@@ -271,8 +284,8 @@ def run(source, target, upscaler, args, stamp):
         done = sum(keep for start, _, keep, _ in parts if unfinished.has(start, keep))
         with tqdm(total=film.count, initial=done, unit="frame", desc=target.name, dynamic_ncols=True) as progress:
             upscale_film(film, unfinished, parts, upscaler, progress)
-        unfinished.finish(film.fps, film.sound, film.begin, film.times)
-    return f"{target}: {film.count} frames"
+        missing = unfinished.finish(film.fps, film.sound, film.begin, film.times)
+    return f"{target}: {film.count} frames" + (f", without {missing}: not for {target.suffix}" if missing else "")
 
 
 def arguments(argv):
@@ -299,6 +312,8 @@ def arguments(argv):
         args.overlap = min(4, (args.chunk - 3) // 8 * 4)
     if args.overlap % 4 or not 0 <= args.overlap <= (args.chunk - 3) // 2:
         raise SystemExit(f"--overlap {args.overlap}: 4k, and under half of --chunk {args.chunk}")
+    if not math.isfinite(args.w):
+        raise SystemExit(f"--w {args.w}: a number, such as 0.5")
     if args.tile and args.tile < 32:
         raise SystemExit(f"--tile {args.tile}: at least 32")
     return args

@@ -16,20 +16,23 @@ import uuid
 from contextlib import contextmanager
 from fractions import Fraction
 from functools import lru_cache
+from io import BytesIO
 from itertools import chain
 from pathlib import Path
 
 import imageio_ffmpeg
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 
 try:
     import fcntl
 except ImportError:                                      # Windows has none: there two runs are not kept apart
     fcntl = None
 
-VIDEOS = {".mp4", ".mkv", ".mov", ".avi", ".webm", ".m4v"}
-IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+VIDEOS = {".mp4", ".mkv", ".mov", ".avi", ".webm", ".m4v", ".ts", ".mts", ".m2ts", ".mpg", ".mpeg", ".wmv", ".flv",
+          ".3gp", ".gif"}
+IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
+VIDEO = "0:V:0"                                          # FFmpeg: the first video that is not the cover of a record
 
 # ----------------------------------------------------------------------------
 # reading
@@ -74,7 +77,7 @@ def once_per_file(function):
 @once_per_file
 def video_info(path):
     """dict(width, height, fps, aspect) of the first video stream, turned upright; aspect "1:1" is square pixels."""
-    one = ["-map", "0:v:0", "-frames:v", "1", "-pix_fmt", "yuv420p", "-f", "yuv4mpegpipe", "-"]
+    one = ["-map", VIDEO, "-frames:v", "1", "-pix_fmt", "yuv420p", "-f", "yuv4mpegpipe", "-"]
     try:
         # the header of a YUV4MPEG stream states size (after rotation), frame rate and aspect as ratios
         head = ffmpeg(["-i", path, *one])[:200].split(b"\n")[0].decode()
@@ -94,8 +97,9 @@ def survey(path):
     """
     problems = []
     try:
-        text = ffmpeg(["-i", path, "-map", "0:v:0", "-vf", "scale=160:-2,scdet=threshold=10,metadata=print:file=-",
-                       "-fps_mode", "passthrough", "-f", "null", "-"], problems=problems).decode()
+        text = ffmpeg(["-i", path, "-map", VIDEO, "-vf", "scale=160:-2,scdet=threshold=10,metadata=print:file=-",
+                       "-fps_mode", "passthrough", "-enc_time_base", "1:90000", "-f", "null", "-"],
+                      problems=problems).decode()
     except ValueError as e:
         raise ValueError(f"{path}: not readable as a video ({e})") from None
     times, cuts = [], []
@@ -109,11 +113,21 @@ def survey(path):
     return dict(frames=len(times), cuts=cuts, times=times, problem=problems[-1] if problems else "")
 
 
-def lossless(path):
-    """Whether the first video stream of a file is in a codec that loses nothing."""
-    said = subprocess.run(command(["-v", "info", "-i", Path(path)]), capture_output=True).stderr
-    codec = re.search(rb"Video: (\w+)", said)
-    return bool(codec) and codec[1].decode() in {"ffv1", "huffyuv", "ffvhuff", "utvideo", "rawvideo", "png", "bmp"}
+@once_per_file
+def header(path):
+    """What a file says of its first video: dict(seeks, lossless, matrix, hdr).
+
+    seeks: FFmpeg finds a time in this container exactly. lossless: the codec loses nothing. matrix: that of its colours
+    is stated. hdr: its name for the transfer curve of HDR video (PQ or HLG), or "".
+    """
+    said = subprocess.run(command(["-v", "info", "-i", path]), input=b"", capture_output=True).stderr
+    said = said.decode(errors="replace")
+    line = next((x for x in said.splitlines() if "Video: " in x and "(attached pic)" not in x), "")
+    hdr = re.search(r"/(smpte2084|arib-std-b67)\b", line)
+    return dict(seeks=bool(re.search(r"Input #0, (mov|matroska),", said)),
+                lossless=bool(re.search(r"Video: (ffv1|huffyuv|ffvhuff|utvideo|rawvideo|png|bmp)\b", line)),
+                matrix=bool(re.search(r"[(,] ?(gbr|bt709|fcc|bt470bg|smpte170m|smpte240m|ycgco|bt2020n?c)[/,)]", line)),
+                hdr=hdr[1] if hdr else "")
 
 
 def steady(times, fps):
@@ -125,24 +139,36 @@ def steady(times, fps):
 def stream(path, start=0, size=None):
     """The frames of a video from `start` on, one uint8 (H, W, 3) after the other; size (W, H): shrunk by area.
 
-    FFmpeg decodes from the key frame before and drops what is early; when frames are shown, `survey` knows.
+    FFmpeg decodes from the key frame before, or, where it finds that by guessing (.avi, .ts), from the first, and what
+    is early is dropped; when frames are shown, `survey` knows. Colours are those of the file's tags; without any, as
+    players have it, bt601 up to 576 lines and bt709 above (mpv). HDR is tone-mapped: 203 cd/m2 is white (BT.2408).
     """
-    info = video_info(path)
+    info, about = video_info(path), header(path)
+    short, long = sorted((info["width"], info["height"]))
     w, h = size or (info["width"], info["height"])
-    seek = []
-    if start:                                               # to between two frames: at any rate, however late the first
-        times = survey(path)["times"]
+    seek, early = [], start
+    if start and about["seeks"]:                            # to between two frames: at any rate, however late the first
+        early, times = 0, survey(path)["times"]
         if start >= len(times):
             return
         seek = ["-ss", f"{(times[start - 1] + times[start]) / 2:.6f}"]
-    # matrix and range are those of the file's tags; the flags avoid a rounding bias and nearest-neighbour chroma
-    flags = f"{'area' if size else 'bicubic'}+accurate_rnd+full_chroma_int+full_chroma_inp"
-    cmd = command([*seek, "-i", Path(path), "-map", "0:v:0", "-vf", f"scale={w}:{h}:flags={flags}",
-                   "-fps_mode", "passthrough", "-pix_fmt", "rgb24", "-f", "rawvideo", "-"])
-    # its complaints were heard by video_info, and by survey
-    with subprocess.Popen(cmd, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as decoder:
+    # the flags avoid a rounding bias and nearest-neighbour chroma
+    filters = f"scale={w}:{h}:flags={'area' if size else 'bicubic'}+accurate_rnd+full_chroma_int+full_chroma_inp"
+    if about["hdr"]:
+        filters = (f"setparams=colorspace=bt2020nc:color_primaries=bt2020:color_trc={about['hdr']},"
+                   "zscale=t=linear:npl=203,format=gbrpf32le,zscale=p=bt709,tonemap=mobius:desat=0,"
+                   f"zscale=t=bt709:m=bt709:r=tv,format=yuv444p16le,{filters}:in_color_matrix=bt709")
+    elif not about["matrix"] and (short > 576 or long >= 1280):
+        filters += ":in_color_matrix=bt709"
+    cmd = command([*seek, "-i", Path(path), "-map", VIDEO, "-vf", filters, "-fps_mode", "passthrough",
+                   "-pix_fmt", "rgb24", "-f", "rawvideo", "-"])
+    # its complaints were heard by video_info, and by survey; without a stdin of its own it would read the user's
+    with subprocess.Popen(cmd, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as decoder:
         try:
             while len(raw := decoder.stdout.read(3 * w * h)) == 3 * w * h:
+                if early:
+                    early -= 1
+                    continue
                 yield np.frombuffer(raw, np.uint8).reshape(h, w, 3)
         finally:
             decoder.kill()
@@ -160,11 +186,24 @@ def read_video(path, start=0, frames=None, size=None):
     return np.stack(found)
 
 
+def to_srgb(im, profile):
+    """A picture of PIL whose colours are those of an ICC profile, in sRGB; as it is if the profile is of no use."""
+    try:
+        return ImageCms.profileToProfile(im, ImageCms.ImageCmsProfile(BytesIO(profile)), ImageCms.createProfile("sRGB"),
+                                         outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError):
+        return im
+
+
 def read_image(path):
-    """A picture as uint8 (H, W, 3) RGB, turned upright."""
+    """A picture as uint8 (H, W, 3) RGB, turned upright, from its own colour profile to sRGB."""
     try:
         with Image.open(path) as im:
-            im = ImageOps.exif_transpose(im)
+            if getattr(im, "n_frames", 1) > 1 and im.format in ("PNG", "WEBP"):
+                raise ValueError("an animation: make it a video first")
+            profile, im = im.info.get("icc_profile"), ImageOps.exif_transpose(im)
+            if profile and im.mode in ("RGB", "CMYK"):
+                im = to_srgb(im, profile)
             if im.mode[0] == "I":                        # 16 bits of grey, which PIL would cut off at 255
                 im = Image.fromarray((np.asarray(im) / 257).round().clip(0, 255).astype(np.uint8))
             return np.array(im.convert("RGB"))
@@ -181,7 +220,7 @@ def numbered(files):
 def files_in(folder, suffixes):
     """The files of a folder that end so, hidden ones left out, sorted with numbers in their order (2 before 10)."""
     def natural(path):
-        return [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", path.name)]
+        return [int(x) if x.isdecimal() else x for x in re.split(r"(\d+)", path.name)]
     return sorted((p for p in Path(folder).iterdir() if p.suffix.lower() in suffixes and p.name[0] != "."), key=natural)
 
 
@@ -283,6 +322,8 @@ class Unfinished:
 
     def __init__(self, target, stamp, resume):
         self.target, self.video = Path(target), Path(target).suffix != ""
+        if self.target.is_symlink() and self.target.is_dir():
+            self.target = self.target.resolve()                     # beside the folder, not beside the link to it
         self.folder = self.target.with_name(f".{self.target.name}.unfinished")
         try:
             self.folder.mkdir(exist_ok=True)
@@ -342,17 +383,18 @@ class Unfinished:
                 write_image(path, frame)
 
     def finish(self, fps, source=None, begin=0.0, times=None):
-        """Join the pieces under the target's name, with the sound of `source`.
+        """Join the pieces under the target's name, with the sound of `source`. Returns what is missing of it, or "".
 
         begin: seconds at which the first frame is shown. times: those of all frames, if the rate varies.
         """
         if not self.video:
-            (self.folder / "stamp.txt").unlink()
             os.replace(self.folder, self.target)
-            return
+            (self.target / "stamp.txt").unlink()
+            return ""
         pieces, entries = self._pieces(), ["ffconcat version 1.0"]
         for i, piece in enumerate(pieces):
-            entries.append(f"file {piece.name}")
+            name = str(piece.resolve()).replace("'", r"'\''")       # whole: FFmpeg would cut a # or ? off as of a URL
+            entries.append(f"file '{name}'")
             if times is not None and i + 1 < len(pieces):
                 entries.append(f"duration {times[int(pieces[i + 1].stem)] - times[int(piece.stem)]:.6f}")
         listed = self.folder / "pieces.txt"
@@ -360,15 +402,18 @@ class Unfinished:
         # the container of a piece may round times: frame N is shown at begin + N / fps, exactly
         clock = [] if times else [
             "-bsf:v", f"setts=ts=round(({begin:.6f}+N*{1 / fps})/TB):duration=round({1 / fps}/TB)"]
-        inputs = ["-itsoffset", f"{begin:.6f}", "-f", "concat", "-i", listed]
-        inputs += ["-i", source, "-map", "0:v", "-map", "1:a?"] if source else []
+        video = ["-itsoffset", f"{begin:.6f}", "-f", "concat", "-safe", "0", "-i", listed]
+        # some sound does not fit into some containers, and some is nothing that FFmpeg could decode
+        tries = [(track, codec) for track in ("1:a?", "1:a:0?") for codec in ("copy", "aac")] if source else []
         with whole(self.target) as tmp:
-            for codec in ("copy", "aac"):                       # some sound does not fit into some containers
+            for track, codec in [*tries, ("", "")]:
+                sound = ["-i", source, "-map", "0:v", "-map", track, "-c:a", codec] if track else []
                 try:
-                    ffmpeg(["-y", *inputs, "-c:v", "copy", "-c:a", codec, *clock, "-movflags", "+faststart", tmp])
+                    ffmpeg(["-y", *video, *sound, "-c:v", "copy", *clock, "-movflags", "+faststart", tmp])
                     break
                 except ValueError as e:
                     reason = e
             else:
                 raise ValueError(f"{self.target}: not written ({reason})")
         shutil.rmtree(self.folder)
+        return {"1:a?": "", "1:a:0?": "all sound but its first track", "": "its sound"}[track] if source else ""

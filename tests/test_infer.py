@@ -207,6 +207,58 @@ def test_sound_that_does_not_fit_is_coded_again(plain, tmp_path):
     assert media.ffmpeg(["-i", tmp_path / "out.mp4", "-map", "0:a", "-f", "s16le", "-"])
 
 
+def test_sound_that_nothing_can_read_is_left_out_and_said_to_be(plain, tmp_path, capsys):
+    """As the second track of some phones, in a codec of their own."""
+    media.write_video(tmp_path / "in.mkv", scene(0, 6), 24)
+    media.ffmpeg(["-i", tmp_path / "in.mkv", *["-f", "lavfi", "-i", "sine=d=0.25"] * 2, *"-map 0 -map 1 -map 2".split(),
+                  "-c:v", "libx264", "-c:a", "aac", tmp_path / "both.mov"])
+    whole = (tmp_path / "both.mov").read_bytes()
+    last = whole.rindex(b"stsd")                                                # where the last track is described
+    def spoilt(track):
+        return track.replace(b"mp4a", b"apac").replace(b"esds", b"free")
+    second, none = whole[:last] + spoilt(whole[last:]), spoilt(whole)
+    for name, content, missing in (("second", second, "all sound but its first track"), ("none", none, "its sound")):
+        (tmp_path / f"{name}.mov").write_bytes(content)
+        infer.main([str(tmp_path / f"{name}.mov"), str(tmp_path / f"{name}.mp4")])
+        assert f"{name}.mp4: 6 frames, without {missing}" in capsys.readouterr().out
+        assert media.survey(tmp_path / f"{name}.mp4")["frames"] == 6
+    assert media.ffmpeg(["-i", tmp_path / "second.mp4", "-map", "0:a", "-f", "s16le", "-"])
+
+
+@pytest.mark.parametrize("name", ["a#b.mp4", "what? 100% it's.mkv", "file:x.mp4"])
+def test_any_name_will_do(plain, tmp_path, name):
+    media.write_video(tmp_path / "in.mkv", scene(0, 20), 24)
+    (tmp_path / "d#r ?").mkdir()
+    infer.main([str(tmp_path / "in.mkv"), str(tmp_path / "d#r ?" / name), "--chunk", "17"])
+    assert media.survey(tmp_path / "d#r ?" / name)["frames"] == 20
+
+
+def test_a_link_to_a_folder_is_filled_and_what_cannot_be_an_output_is_refused_at_once(plain, tmp_path, capsys):
+    media.write_video(tmp_path / "in.mkv", scene(0, 3), 24)
+    (tmp_path / "big").mkdir(), (tmp_path / "up").symlink_to(tmp_path / "big")
+    infer.main([str(tmp_path / "in.mkv"), str(tmp_path / "up")])
+    assert [p.name for p in media.files_in(tmp_path / "big", {".png", ".txt"})] == [f"{i:06d}.png" for i in (1, 2, 3)]
+    (tmp_path / "film.mp4").mkdir(), (tmp_path / "LICENSE").write_text("mine")
+    plain.clear()
+    for name, words in (("film.mp4", "a folder; name a file in it"), ("LICENSE", "a file, not a folder")):
+        with pytest.raises(SystemExit, match=f"{name}: {words}"):
+            infer.main([str(tmp_path / "in.mkv"), str(tmp_path / name)])
+    assert not plain and (tmp_path / "LICENSE").read_text() == "mine"
+
+
+def test_what_is_left_out_of_a_folder_is_said(plain, tmp_path, capsys):
+    for folder in ("mixed", "frames"):
+        (tmp_path / folder).mkdir()
+    media.write_video(tmp_path / "mixed/a.mkv", scene(0, 3), 24)
+    (tmp_path / "mixed/list.txt").write_text("a"), (tmp_path / "mixed/.hidden").write_text("b")
+    infer.main([str(tmp_path / "mixed"), str(tmp_path / "out")])
+    assert "left out, not by its ending a video or picture: list.txt\n" in capsys.readouterr().err
+    for i in (8, 9, 10, 13):
+        Image.fromarray(scene(0, 1)[0]).save(tmp_path / f"frames/shot2_{i}.png")
+    infer.main([str(tmp_path / "frames"), str(tmp_path / "film.mkv")])
+    assert "numbers are missing before shot2_13.png; the pictures are taken as successive" in capsys.readouterr().err
+
+
 def test_times_that_vary_are_kept(plain, tmp_path):
     source = tmp_path / "vfr.mp4"
     film(tmp_path / "cfr.mp4", scene(0, 60), 30)

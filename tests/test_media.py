@@ -4,6 +4,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+from PIL import Image, ImageCms
 
 import media
 from tests.conftest import scene
@@ -123,3 +124,80 @@ def test_survey_finds_frames_cuts_times_and_damage(tmp_path):
     (tmp_path / "short.mp4").write_bytes(path.read_bytes()[:-3000])            # the index is in front
     seen = media.survey(tmp_path / "short.mp4")
     assert 0 < seen["frames"] <= 22 and seen["problem"]
+
+
+def test_ffmpeg_never_reads_the_users_stdin(tmp_path, monkeypatch):
+    """It would eat the list of a shell loop and the keys of the terminal, and stop in the background."""
+    given, popen = [], subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda *a, **kw: given.append(kw.get("stdin")) or popen(*a, **kw))
+    media.write_video(tmp_path / "x.mkv", scene(0, 3), 24)
+    media.read_video(tmp_path / "x.mkv", 1), media.survey(tmp_path / "x.mkv"), media.header(tmp_path / "x.mkv")
+    assert len(given) >= 4 and all(x in (subprocess.DEVNULL, subprocess.PIPE) for x in given)
+
+
+@pytest.mark.parametrize("name, options", [("x.avi", ["-c:v", "mpeg4", "-bf", "2"]), ("x.ts", ["-c:v", "libx264"]),
+                                           ("x.mkv", ["-c:v", "libx264"]), ("x.webm", ["-c:v", "libvpx"])])
+def test_frames_are_where_they_are_in_every_container(tmp_path, name, options):
+    media.write_video(tmp_path / "in.mkv", scene(0, 30), 24)
+    media.ffmpeg(["-i", tmp_path / "in.mkv", *options, "-g", "12", "-pix_fmt", "yuv420p", tmp_path / name])
+    path = tmp_path / name
+    if name == "x.ts":                                       # FFmpeg tells a container by what is in it
+        path = path.rename(tmp_path / "x.mp4")
+    back = media.read_video(path)
+    assert len(back) == 30
+    for start in range(0, 30, 3):
+        assert np.array_equal(media.read_video(path, start, 2), back[start:start + 2]), start
+
+
+@pytest.mark.parametrize("h, w, matrix", [(32, 1280, "bt709"), (592, 592, "bt709"), (64, 64, "smpte170m")])
+def test_untagged_video_is_read_as_players_read_it(tmp_path, h, w, matrix):
+    frame = np.full((2, h, w, 3), (200, 60, 40), np.uint8)
+    filters = f"scale=out_color_matrix={matrix}:out_range=tv,setparams=colorspace=unknown:range=tv,format=yuv420p"
+    media.write_video(tmp_path / "in.mkv", frame, 24)
+    media.ffmpeg(["-i", tmp_path / "in.mkv", "-vf", filters, "-c:v", "libx264", "-crf", "1", tmp_path / "x.mp4"])
+    assert not media.header(tmp_path / "x.mp4")["matrix"] and media.header(tmp_path / "in.mkv")["matrix"]
+    assert abs(media.read_video(tmp_path / "x.mp4").astype(int) - frame).max() <= 2       # the other one: 10 to 20
+
+
+@pytest.mark.parametrize("curve", ["smpte2084", "arib-std-b67"])
+def test_hdr_is_tone_mapped(tmp_path, curve):
+    """What is dark enough comes back as it was, 203 cd/m2 being white; what is brighter is compressed, in order."""
+    grey = np.array([16, 64, 100, 140, 180, 220, 250], np.uint8)
+    media.write_video(tmp_path / "sdr.mkv", np.broadcast_to(grey[:, None, None, None], (7, 64, 64, 3)).copy(), 24)
+    filters = ("setparams=colorspace=gbr:color_primaries=bt709:color_trc=bt709:range=pc,zscale=t=linear:npl=203,"
+               f"format=gbrpf32le,zscale=p=bt2020,zscale=t={curve}:m=bt2020nc:r=tv:npl=203,format=yuv420p10le")
+    media.ffmpeg(["-i", tmp_path / "sdr.mkv", "-vf", filters, "-c:v", "libx264", "-crf", "1", "-color_trc", curve,
+                  "-color_primaries", "bt2020", "-colorspace", "bt2020nc", tmp_path / "hdr.mp4"])
+    assert media.header(tmp_path / "hdr.mp4")["hdr"] == curve
+    back = media.read_video(tmp_path / "hdr.mp4").mean((1, 2, 3))
+    np.testing.assert_allclose(back[:4], grey[:4], atol=2)
+    assert (np.diff(back) > 5).all() and 190 < back[-1] < 225
+
+
+def test_a_cover_is_no_video(tmp_path):
+    Image.fromarray(scene(0, 1)[0]).save(tmp_path / "cover.png")
+    media.ffmpeg(["-f", "lavfi", "-i", "sine=d=0.3", "-i", tmp_path / "cover.png", "-map", "0", "-map", "1",
+                  "-c:v", "copy", "-disposition:v", "attached_pic", tmp_path / "song.mp4"])
+    with pytest.raises(ValueError, match="song.mp4: not readable as a video.*no video in it"):
+        media.video_info(tmp_path / "song.mp4")
+
+
+def test_healthy_video_of_a_varying_rate_is_not_called_damaged(tmp_path):
+    times = np.cumsum([0, *[7, 11, 40] * 12]) / 1000
+    media.encode(tmp_path / "film.mp4", scene(0, 37), 24, times=times)
+    media.ffmpeg(["-i", tmp_path / "film.mp4", "-c", "copy", tmp_path / "x.mkv"])
+    assert media.survey(tmp_path / "x.mkv")["problem"] == ""
+    np.testing.assert_allclose(media.survey(tmp_path / "x.mkv")["times"], times, atol=1e-3)
+
+
+def test_pictures_come_in_srgb_and_animations_are_refused(tmp_path):
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    swapped = srgb.replace(b"rXYZ", b"XXXX").replace(b"bXYZ", b"rXYZ").replace(b"XXXX", b"bXYZ")
+    picture = Image.fromarray(np.full((16, 16, 3), (200, 60, 40), np.uint8))
+    for name, profile, want in (("plain", srgb, (200, 60, 40)), ("swapped", swapped, (40, 60, 200)),
+                                ("broken", b"no profile", (200, 60, 40))):
+        picture.save(tmp_path / f"{name}.png", icc_profile=profile)
+        assert abs(media.read_image(tmp_path / f"{name}.png").astype(int) - want).max() <= 1, name
+    picture.save(tmp_path / "moves.webp", save_all=True, append_images=[Image.new("RGB", (16, 16))])
+    with pytest.raises(ValueError, match="moves.webp: .*an animation: make it a video first"):
+        media.read_image(tmp_path / "moves.webp")
