@@ -446,8 +446,8 @@ def main(argv=None):
     arms, folder, device = arms_of(args), Path(args.out, "ablate", args.name), common.device_named("auto")
     if folder.exists() and not args.resume:
         raise SystemExit(f"{folder} exists: add --resume to go on with it, or remove it")
-    for arm in arms.values():
-        configs(args, arm, folder, 0)                           # a mistake in the last arm is told now
+    # a mistake in the last arm is told now
+    planned = [stage_cfg for arm in arms.values() for stage_cfg in configs(args, arm, args.out, 0).values()]
     cfg = evaluation(args)
     clips = evaluate.read_clips(cfg)
 
@@ -456,6 +456,8 @@ def main(argv=None):
     if not finished(first):
         given = {"data": args.data} if args.data else {}
         stage1.main(stage1.Config(**stage1.PRESETS[args.preset] | given | dict(out=args.out, resume=True)))
+    if not folder.exists():
+        data.training_bank(planned[0], 0)                       # before there is a folder: --data may name none
     folder.mkdir(parents=True, exist_ok=True)
     cache = Path(args.out).parent / "cache"
     cache.mkdir(exist_ok=True)

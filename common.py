@@ -221,8 +221,15 @@ def put(path, text):
 
 def put_state(path, state):
     """torch.save a dict that is there whole or not at all."""
-    torch.save(state, f"{path}.tmp")
-    os.replace(f"{path}.tmp", path)
+    try:
+        torch.save(state, f"{path}.tmp")
+        os.replace(f"{path}.tmp", path)
+    except (OSError, RuntimeError) as error:                            # RuntimeError: torch.save's, of a full disk
+        if "CUDA" in str(error):
+            raise
+        if os.path.exists(f"{path}.tmp"):
+            os.remove(f"{path}.tmp")
+        raise SystemExit(f"{path}: cannot be written, is the disk full? ({str(error).splitlines()[0]})") from None
 
 
 def save(path, cfg, stage, step, total, /, **saved):

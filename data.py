@@ -242,6 +242,21 @@ def cut(rng, clip, crop):
     return [v[:, k * y:k * y + side, k * x:k * x + side] for v, (k, side) in zip(clip, sides, strict=True)]
 
 
+def reserve(path, size):
+    """Make a file of `size` bytes whose room on the disk is taken at once: a memory map that outgrows a full disk would
+    end the process without a word."""
+    try:
+        with open(path, "wb") as f:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(f.fileno(), 0, size)
+            else:                                                       # macOS, Windows
+                f.truncate(size)
+    except OSError as error:
+        Path(path).unlink(missing_ok=True)
+        raise SystemExit(f"{path}: {size / 1e9:.2g} GB cannot be written ({error.strerror}); make room, or take fewer "
+                         "--clips") from None
+
+
 class Bank:
     """n degraded clips made once and kept on disk, from which training crops are cut.
 
@@ -269,7 +284,8 @@ class Bank:
     def _build(self, clips, epoch, row, progress):
         tmp = self.path.with_suffix(f".{uuid.uuid4().hex[:8]}")
         try:
-            rows = np.memmap(tmp, np.uint8, "w+", shape=(self.n, row))
+            reserve(tmp, self.n * row)
+            rows = np.memmap(tmp, np.uint8, "r+", shape=(self.n, row))
 
             def make(i):
                 rows[i] = np.concatenate([x.ravel() for x in clips.clip(epoch, i)])
@@ -484,12 +500,11 @@ def prepare_latents(path, folder, model, vae, count, seed=0, device="cpu", save_
 
     def note():
         common.put_state(f"{path}.pt", about)
-    try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        note()
-    except (OSError, RuntimeError) as error:                # RuntimeError: torch.save's, of a folder it cannot write to
-        raise SystemExit(f"{path}: cannot be written ({str(error).splitlines()[0]})") from None
-    rows = np.memmap(path, np.float16, "r+" if Path(path).exists() else "w+", shape=(count, *about["shape"]))
+    common.make_folder(Path(path).parent)
+    note()
+    if not Path(path).exists() or Path(path).stat().st_size != size:
+        reserve(path, size)
+    rows = np.memmap(path, np.float16, "r+", shape=(count, *about["shape"]))
 
     def make(i):
         rng = np.random.default_rng([seed, i])

@@ -178,21 +178,29 @@ def sha256(*parts):
 
 
 def kept(path, stamp):
-    """(frames, seconds) of an earlier run from path, a lossless video, if its stamp is the same; else None."""
-    note = path.with_suffix(".json")
-    if path.exists() and note.exists():
-        about = json.loads(note.read_text())
+    """(frames, seconds) of an earlier run from path, a lossless video, if it is whole and has this stamp; else None."""
+    try:
+        about = json.loads(path.with_suffix(".json").read_text())
         if about["stamp"] == stamp:
-            return media.read_video(path), about["seconds"]
-    return None
+            frames = media.read_video(path)
+            return (frames, about["seconds"]) if list(frames.shape) == about["shape"] else None
+    except (OSError, ValueError, KeyError):                             # not there, or damaged: made again
+        return None
 
 
 def keep(path, stamp, frames, seconds, fps):
     """The stamp goes last and the old one first: a run that is stopped leaves no video with a wrong stamp."""
     note = path.with_suffix(".json")
     note.unlink(missing_ok=True)
-    media.write_video(path, frames, fps)
-    common.put(note, json.dumps({"seconds": seconds, "stamp": stamp}, indent=2))
+    write_clip(path, frames, fps)
+    common.put(note, json.dumps({"seconds": seconds, "shape": frames.shape, "stamp": stamp}, indent=2))
+
+
+def write_clip(path, frames, fps):
+    try:
+        media.write_video(path, frames, fps)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
 
 
 def upscale_bicubic(lr, scale=4):
@@ -405,7 +413,7 @@ def differences(pred, hr):
     gain, offset = metrics.levels(*metrics.unshift(pred, hr, (dy, dx)) if moved else (pred, hr))
     if not 0.5 < gain < 2 and hr.std() > 1:
         return [f"its brightness goes with {gain:.2f} x that of its truth: is it the same clip?"]
-    squeezed = not 0.93 < gain < 1.08 and (gain < 1) == (offset > 0)
+    squeezed = hr.std() > 1 and not 0.93 < gain < 1.08 and (gain < 1) == (offset > 0)
     return ([f"brightness is {gain:.2f} x truth {offset:+.0f}: full for video range?"] if squeezed else []) + (
         [f"{dx:+.1f} px right, {dy:+.1f} px down of its truth; see the aligned scores"] if moved else [])
 
@@ -427,6 +435,8 @@ def read_outputs(cfg):
                 raise SystemExit(f"{root}: nothing named {name}, which {cfg.pred} has")
         files = [path, truths.get(name), inputs.get(name)]
         (pred, _), (hr, _), (lr, _) = read = [read_frames(p) if p else (None, False) for p in files]
+        if min(pred.shape[1:3]) < 16:
+            raise SystemExit(f"{path}: {pred.shape[2]}x{pred.shape[1]}; needed are at least 16x16")
         for other, what in ((hr, "ground truth"), (lr, "input")):
             if other is not None and len(other) != len(pred):
                 raise SystemExit(f"{path}: {len(pred)} frames, its {what} has {len(other)}; compare whole clips")
@@ -478,7 +488,7 @@ def make(cfg, device):
     folder = Path(cfg.out, "report", "clips")
     folder.mkdir(exist_ok=True)
     for clip in clips:
-        media.write_video(folder / f"{clip['name']}_LR.mkv", clip["lr"], clip["fps"])
+        write_clip(folder / f"{clip['name']}_LR.mkv", clip["lr"], clip["fps"])
     made = {}
     for row in ROWS:
         source = rows.get(row)
@@ -491,6 +501,12 @@ def make(cfg, device):
 def main(cfg):
     if cfg.seam < 16 or min(cfg.chunk, cfg.seeds, cfg.max_clips, cfg.teacher_steps) < 1:
         raise SystemExit("--seam: 16 pixels at least; --chunk, --seeds, --max_clips, --teacher_steps: 1 at least")
+    common.check_fields(cfg)
+    if (cfg.gt or cfg.lr) and not cfg.pred:
+        raise SystemExit("--gt and --lr belong to outputs: name these with --pred")
+    for path in (cfg.teacher, cfg.student):
+        if path and path not in vars(Config()).values() and not os.path.isfile(path):
+            raise SystemExit(f"{path}: no such checkpoint; name another file")
     if cfg.pred and any(Path(cfg.out).glob("stage*/last.pt")):
         raise SystemExit(f"{cfg.out} holds stages, whose report this one would replace: name another --out")
     device = common.device_named("auto")

@@ -244,6 +244,12 @@ def test_stages_trains_once_and_takes_the_rows_of_the_teacher(run):
     assert len({repr(about["seeds"]["0"]["a"]["psnr"]) for about in result["arms"].values()}) == 6
 
 
+def test_mistyped_data_leave_no_folder(run, tmp_path):
+    with pytest.raises(SystemExit, match="--data"):
+        run("init", "--data", "nope")
+    assert not (tmp_path / "tiny/ablate").exists()
+
+
 def test_what_two_ablations_share_is_trained_once(run, monkeypatch):
     run("stages", "--seeds", "1")
     folder, calls = run("dpo", "--seeds", "1")                  # uniform with the anchor is the default

@@ -1,5 +1,6 @@
 """Configuration, shared noise, and the precision that small updates need."""
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -72,6 +73,20 @@ def test_save_is_atomic(tmp_path):
     with pytest.raises(RuntimeError):
         common.save(path, Config(), "stage1", 2, 2, x=Broken())
     assert torch.load(path, weights_only=True)["step"] == 1
+
+
+def test_a_full_disk_is_one_line_and_keeps_the_checkpoint_before(tmp_path):
+    """A limit on the size of files stands in for the disk."""
+    path, before = tmp_path / "last.pt", resource.getrlimit(resource.RLIMIT_FSIZE)
+    common.put_state(path, {"x": torch.zeros(4)})
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+    try:
+        with pytest.raises(SystemExit, match="last.pt: cannot be written, is the disk full?") as e:
+            common.put_state(path, {"x": torch.zeros(100_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "\n" not in str(e.value) and os.listdir(tmp_path) == ["last.pt"]
+    assert len(torch.load(path, weights_only=True)["x"]) == 4
 
 
 def test_a_kill_while_a_log_is_rewritten_leaves_the_one_before(tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ import common
 import data
 import degradation
 import media
+import model as M
 from tests.conftest import scene
 from tests.test_degradation import NULL
 
@@ -177,6 +178,19 @@ def test_an_empty_or_a_damaged_bank_is_told(folder, tmp_path):
     os.truncate(whole, 100)
     with pytest.raises(SystemExit, match=f"{whole.name}: clips cut short; remove this file"):
         data.Bank(clips, 1, tmp_path, 32)
+
+
+def test_clips_that_do_not_fit_on_the_disk_are_one_line(folder, tmp_path, monkeypatch):
+    def full(fd, start, size):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    monkeypatch.setitem(data.CLIPS, "tiny", dict(frames=5, size=48, crop=32, window=2, strength="light"))
+    code = M.PatchVAE()
+    for make in (lambda: data.Bank(data.Clips(folder, 5, 48, NULL), 2, tmp_path / "cache", 32),
+                 lambda: data.prepare_latents(tmp_path / "cache/latents", folder, "tiny", code, 2)):
+        with pytest.raises(SystemExit, match=r"GB cannot be written \(No space left on device\); make room") as e:
+            make()
+        assert "\n" not in str(e.value) and not [p for p in (tmp_path / "cache").iterdir() if p.suffix != ".pt"]
 
 
 @pytest.fixture(scope="module")

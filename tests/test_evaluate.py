@@ -187,8 +187,25 @@ def test_stopped_while_writing_is_made_again(run, tmp_path):
     evaluate.keep(path, stamp, frames, 2.5, 24)
     assert evaluate.kept(path, stamp)[1] == 2.5 and np.array_equal(evaluate.kept(path, stamp)[0], frames)
     assert evaluate.kept(path, {"a": 2}) is None
+    media.write_video(path, frames.repeat(2, 0), 24)                    # other frames under the same note
+    assert evaluate.kept(path, stamp) is None
+    evaluate.keep(path, stamp, frames, 2.5, 24)
+    for broken in ("", "{}"):
+        path.with_suffix(".json").write_text(broken)
+        assert evaluate.kept(path, stamp) is None
     path.with_suffix(".json").unlink()
     assert evaluate.kept(path, stamp) is None
+    with pytest.raises(SystemExit, match="x.mkv: not written"):
+        evaluate.keep(tmp_path / "none/x.mkv", stamp, frames, 2.5, 24)
+
+
+@pytest.mark.parametrize("changes, words", [
+    (dict(gt="set"), "--gt and --lr belong to outputs: name these with --pred"), (dict(lr="set"), "--pred"),
+    (dict(student="nope.pt"), "nope.pt: no such checkpoint"), (dict(seed=-1), "seed -1: at least 0")])
+def test_options_that_would_be_ignored_are_refused(tmp_path, monkeypatch, changes, words):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=words):
+        evaluate.main(evaluate.Config(**changes))
 
 
 def test_shipped_weights_stand_in_only_for_what_was_never_run(run, tmp_path):
