@@ -149,7 +149,7 @@ def evaluation(args):
 def gain(metric, a, b, grid=1.0):
     """By how much value a is better than b: positive for higher PSNR, lower NIQE, a grid closer to that of HR."""
     direction = evaluate.COLUMNS[metric][1]
-    return {"up": a - b, "down": b - a, "one": abs(b - grid) - abs(a - grid)}[direction]
+    return {"up": a - b, "down": b - a, "hr": abs(b - grid) - abs(a - grid)}[direction]
 
 
 def compare(a, b, grid=1.0):
@@ -365,7 +365,7 @@ def table(name, arms, numbers, pairs, truth, cfg, clips, trained):
     """table.md: the arms, then a line for each pair of them. numbers: {arm: as in compare}; pairs: {(arm, arm): what
     compare gives}; truth: {metric: number}; trained: the commits of the code that trained them."""
     seeds, quoted = len(next(iter(numbers.values()))), any(arm.paper for arm in arms.values())
-    heads = [evaluate.COLUMNS[m][0] + {"up": " (up)", "down": " (down)", "one": " (as HR's)"}[evaluate.COLUMNS[m][1]]
+    heads = [evaluate.COLUMNS[m][0] + {"up": " (up)", "down": " (down)", "hr": " (as HR's)"}[evaluate.COLUMNS[m][1]]
              for m in SHOWN] + [f"paper: {x}" for x in PAPER if quoted]
     lines = [f"# Ablation: {name}", "",
              f"{len(clips)} clips of {cfg.clips}, {cfg.frames} frames each, {cfg.strength} degradation, seeds 0 to "

@@ -89,7 +89,7 @@ EXTRA = {                           # with --extra, of pyiqa and of DOVER: headi
     "dists":          ("DISTS", "down", 3),
     "dover":          ("DOVER", "up", 2),
 }
-COLUMNS = {                         # metric: (heading, direction in which it gets better, digits)
+COLUMNS = {                         # metric: (heading, direction in which it gets better (hr: towards HR's), digits)
     "psnr":           ("PSNR", "up", 2),
     "psnr_y":         ("PSNR-Y", "up", 2),
     "ssim":           ("SSIM", "up", 4),
@@ -99,10 +99,10 @@ COLUMNS = {                         # metric: (heading, direction in which it ge
     "temporal":       ("temporal", "down", 2),
     "temporal_ratio": ("temporal/HR", "down", 2),
     "flicker":        ("flicker", "", 2),       # neither way: blur has less than the truth
-    "grid":           ("grid", "one", 3),
+    "grid":           ("grid", "hr", 3),
     "lattice":        ("lattice %", "down", 1),
-    "seam":           ("seam", "one", 3),
-    "chunk":          ("chunk", "one", 2),
+    "seam":           ("seam", "hr", 3),
+    "chunk":          ("chunk", "hr", 2),
     "lr_consistency": ("LR PSNR", "", 2),       # very high repeats the input's noise
     "shift":          ("shift px", "", 2),
     "psnr_aligned":   ("PSNR al.", "up", 2),

@@ -131,7 +131,8 @@ def page_clips(names, shown, budget):
 
 def best_rows(rows, metric, direction, digits):
     """Rows (the ground truth is no competitor) that share the best value, to the digits that are shown."""
-    better = {"up": lambda v: -v, "down": lambda v: v, "one": lambda v: abs(v - 1)}.get(direction)
+    goal = rows.get("HR", {}).get(metric) or 1                  # without HR: no jump at borders at all
+    better = {"up": lambda v: -v, "down": lambda v: v, "hr": lambda v: abs(v - goal)}.get(direction)
     values = {row: round(v[metric], digits) for row, v in rows.items() if row != "HR" and v[metric] is not None}
     if better is None or metric in ("calls", "seconds") or len(values) < 2:
         return set()
@@ -140,7 +141,8 @@ def best_rows(rows, metric, direction, digits):
 
 
 def html_table(rows, titles, columns):
-    arrow = {"up": " \N{UPWARDS ARROW}", "down": " \N{DOWNWARDS ARROW}", "one": " \N{RIGHTWARDS ARROW}1", "": ""}
+    arrow = {"up": " \N{UPWARDS ARROW}", "down": " \N{DOWNWARDS ARROW}", "": "",
+             "hr": f" \N{RIGHTWARDS ARROW}{'HR' if 'HR' in rows else 1}"}
     best = {k: best_rows(rows, k, *rule) for k, (_, *rule) in columns.items()}
     head = "".join(f'<th scope="col" title="{html.escape(MEANING.get(k, heading))}">{heading}{arrow[direction]}</th>'
                    for k, (heading, direction, _) in columns.items())

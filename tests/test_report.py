@@ -131,3 +131,9 @@ def test_page_needs_nothing_from_elsewhere(tmp_path):
     page = (tmp_path / "report.html").read_text()
     assert not re.search(r"https?://|src=|@import|url\(", page) and "{{" not in page
     assert "a &lt;/script&gt; that warns" in page and "MUSIQ" not in page       # columns without a number are left out
+
+
+def test_what_is_best_where_hr_has_it_is_marked_there():
+    rows = {"a": {"grid": 1.0}, "b": {"grid": 1.05}, "HR": {"grid": 1.06}}
+    assert report.best_rows(rows, "grid", "hr", 3) == {"b"}
+    assert report.best_rows({k: rows[k] for k in "ab"}, "grid", "hr", 3) == {"a"}
