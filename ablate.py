@@ -207,9 +207,8 @@ def tiles(model, frames, height, width):
     """How many tiles of training size a network sees of a clip of so many pixels, as infer.load cuts it."""
     clip, stride = data.CLIPS[model], M.vae_class(model).stride
     side = clip["crop"] // stride
-    sizes = (frames - 1) // 4 + 1, height // stride, width // stride
-    return math.prod(len(M.tile_starts(n, tile, overlap)) for n, tile, overlap in
-                     zip(sizes, (clip["window"], side, side), (0, 4, 4), strict=True))
+    sizes, tile = ((frames - 1) // 4 + 1, height // stride, width // stride), (clip["window"], side, side)
+    return math.prod(len(M.tile_starts(n, k, o)) for n, k, o in zip(sizes, tile, M.overlaps(tile), strict=True))
 
 
 def work(n, cfg):

@@ -62,14 +62,14 @@ class Config:
     gt: str = ""                    # their ground truth, if there is any
     lr: str = ""                    # their inputs, if there are any
     seam: int = 80                  # pixels from tile to tile, for the column `seam` [infer.py: 80, at tiny]
-    chunk: int = 52                 # frames from chunk to chunk, for the column `chunk` [infer.py: 57 - 1 - 4]
+    chunk: int = 48                 # frames from chunk to chunk, for the column `chunk` [infer.py: 53 - 1 - 4]
     extra: bool = False             # MUSIQ, CLIP-IQA, LPIPS, DISTS of pyiqa, and DOVER, where they are installed
 
 
 PRESETS = {                         # the first one is the default
     "tiny":  dict(),
     "small": dict(out="out/small", teacher="", student="", seam=112),
-    "wan1.3b": dict(out="out/wan1.3b", teacher="", student="", seam=608, strength="realbasicvsr"),
+    "wan1.3b": dict(out="out/wan1.3b", teacher="", student="", seam=608, chunk=16, strength="realbasicvsr"),
 }
 
 ROWS = {                            # in the order of the table

@@ -84,8 +84,7 @@ def load(ckpt, part, device, tile=0):
     if tile and hasattr(vae, "code"):                                   # of Wan: a whole frame takes the most memory
         vae.code.enable_tiling()
     side = max(2, (tile or clip["crop"]) // (2 * vae.stride) * 2)       # tokens are 2 x 2 latents
-    share = min(4, side // 4 * 2)                                       # less overlap where --tile is small
-    return partial(upscale, M.tiled(net, (clip["window"], side, side), (0, share, share)), vae, clip["window"], device,
+    return partial(upscale, M.tiled(net, (clip["window"], side, side)), vae, clip["window"], device,
                    shift=info["config"].get("shift", 1.0))              # of the teacher's sampler, as it was distilled
 
 
@@ -168,6 +167,14 @@ def open_pictures(files):
             cuts.append(i)
         before, last_change = small, change
     return Film(lambda: map(media.read_image, files), len(files), cuts)
+
+
+def frames_at_once(model):
+    """The default of --chunk: 53, which four windows of tiny and small cover. Where a training clip is one window
+    (wan1.3b) the network has only seen windows that begin a clip, and gets such alone."""
+    clip = data.CLIPS[model]
+    window = 4 * clip["window"] - 3
+    return window if window == clip["frames"] else 53
 
 
 def chunks(count, cuts, size, overlap):
@@ -298,7 +305,7 @@ def arguments(argv):
     cli.add_argument("--w", type=float, default=0.0, help="guidance weight of a multi-step teacher (default 0)")
     cli.add_argument("--seed", type=int, default=0, help="of the noise")
     cli.add_argument("--tile", type=int, default=0, help="output pixels seen at once (default: as in training)")
-    cli.add_argument("--chunk", type=int, default=57, help="frames in memory at once, 4k + 1 (default 57)")
+    cli.add_argument("--chunk", type=int, help="frames in memory at once, 4k + 1 (default 53; of wan1.3b 21)")
     cli.add_argument("--overlap", type=int, help="frames blended between chunks, 4k (default 4; 0 if --chunk is short)")
     cli.add_argument("--color", choices=list(COLORS), default="wavelet", help="what keeps the input's colours")
     cli.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
@@ -306,6 +313,8 @@ def arguments(argv):
     args = cli.parse_args(argv)
     if args.steps < 1:
         raise SystemExit(f"--steps {args.steps}: at least 1")
+    if args.chunk is None:
+        args.chunk = frames_at_once(M.read_checkpoint(args.ckpt)["config"]["model"])
     if args.chunk % 4 != 1 or args.chunk < 5:
         raise SystemExit(f"--chunk {args.chunk}: 4k + 1, such as {max(5, args.chunk // 4 * 4 + 1)}")
     if args.overlap is None:
@@ -327,7 +336,7 @@ def main(argv=None):
         todo = jobs(args.input, args.output, args.resume)
         upscaler = partial(load(args.ckpt, args.part, device, args.tile), steps=args.steps, w=args.w, seed=args.seed,
                            color=args.color, scale=args.scale)
-        stamp = [data.sha256(args.ckpt), *(getattr(args, k) for k in (
+        stamp = [common.contents(args.ckpt), *(getattr(args, k) for k in (
             "part", "scale", "steps", "w", "seed", "tile", "chunk", "overlap", "color")), device.type]
         for source, target in todo:
             if args.resume and target != Path(args.output) and target.exists():
@@ -346,9 +355,12 @@ def main(argv=None):
     except (RuntimeError, MemoryError) as error:
         if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "allocate memory" not in str(error):
             raise
-        tile = args.tile or data.CLIPS[M.read_checkpoint(args.ckpt)["config"]["model"]]["crop"]
-        smaller = max(32, tile // 2)
-        raise SystemExit(f"out of memory: try --tile {smaller} --chunk {max(5, args.chunk // 8 * 4 + 1)}") from None
+        model = M.read_checkpoint(args.ckpt)["config"]["model"]
+        tile, window = args.tile or data.CLIPS[model]["crop"], 4 * data.CLIPS[model]["window"] - 3
+        if args.tile or M.vae_class(model) is not M.WanVAE:             # of Wan any --tile has the video code in tiles
+            tile = max(32, tile // 2)
+        chunk = max(min(args.chunk, window), args.chunk // 8 * 4 + 1)   # less than a window is filled up to one
+        raise SystemExit(f"out of memory: try --tile {tile} --chunk {chunk}") from None
     if failed:
         raise SystemExit(f"{failed} of {len(todo)} files were not upscaled")
 

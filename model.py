@@ -386,6 +386,12 @@ def normalise(feature):
 # latents larger than the network was trained on
 
 
+def overlaps(tile):
+    """How many latents neighbouring tiles share in T, H, W: 2, 4, 4, or less where tiles are small. Without any in
+    time the texture jumps where one window ends and the next begins (LOG.md, "the pop between windows")."""
+    return [min(o, k // 4 * 2) for o, k in zip((2, 4, 4), tile, strict=True)]
+
+
 def tile_starts(n, tile, overlap):
     """Where tiles of this length start so that they cover 0..n, neighbours sharing at least `overlap`."""
     if n <= tile:
@@ -399,12 +405,14 @@ def tile_weight(n, overlap, device):
     return ((1 + torch.minimum(i, n - 1 - i)) / (overlap + 1)).clamp_max(1.0)
 
 
-def tiled(net, tile, overlap=(0, 4, 4), at_once=4):
+def tiled(net, tile, at_once=4):
     """A velocity function (z, t, z_lr, text) for latents of any size: net on overlapping tiles, blended.
 
-    tile, overlap: (T, H, W) in latent pixels, H and W even. The noise is in z, so tiles that overlap see the same.
+    tile: (T, H, W) in latent pixels, H and W even. The noise is in z, so tiles that overlap see the same.
     at_once: tiles per forward pass.
     """
+    overlap = overlaps(tile)
+
     def velocity(z, t, z_lr, text):
         sizes = [min(n, k) for n, k in zip(z.shape[2:], tile, strict=True)]
         starts = [tile_starts(n, k, o) for n, k, o in zip(z.shape[2:], tile, overlap, strict=True)]

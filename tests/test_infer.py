@@ -57,6 +57,29 @@ def test_tiles_are_the_size_that_was_trained_and_overlap():
     assert M.tile_starts(60, 24, 4) == [0, 20, 36] and M.tile_starts(24, 24, 4) == [0]
 
 
+def test_windows_fade_into_each_other_in_time():
+    """As they would jump otherwise: windows of 5 latents share 2; the second of three begins at latent 3."""
+    answers, z = iter((0.0, 1.0, 2.0)), torch.randn(1, 1, 10, 8, 8)
+    out = M.tiled(lambda z, *_: torch.full_like(z, next(answers)), (5, 8, 8), at_once=1)(z, torch.ones(1), z,
+                                                                                        M.prompt(z))
+    assert M.tile_starts(10, 5, M.overlaps((5, 8, 8))[0]) == [0, 3, 5]
+    ramp = out[0, 0, :, 0, 0]
+    assert (ramp[:3] == 0).all() and ramp[3:5].tolist() == pytest.approx([1 / 3, 2 / 3]) and ramp[-1] == 2
+    assert (ramp.diff() >= 0).all() and ramp.diff().max() < 0.6
+    assert M.overlaps((5, 24, 24)) == [2, 4, 4] and M.overlaps((3, 8, 4)) == [0, 4, 2]
+
+
+@pytest.mark.parametrize("model, frames", [("tiny", 53), ("small", 53), ("wan1.3b", 21)])
+def test_the_network_sees_such_windows_as_it_was_trained_on(model, frames):
+    """Of a chunk only the first window begins with the latent of a single frame: training must have had others, too."""
+    clip = data.CLIPS[model]
+    assert infer.frames_at_once(model) == frames and frames % 4 == 1
+    windows = len(M.tile_starts((frames - 1) // 4 + 1, clip["window"], 2))
+    assert windows == 1 or (clip["frames"] - 1) // 4 + 1 > clip["window"]
+    preset = evaluate.Config(**evaluate.PRESETS[model])
+    assert preset.chunk == frames - 5 and infer.arguments(["a", "b", "--chunk", str(frames)]).overlap == 4
+
+
 def test_batch_of_tiles_keeps_samples_apart():
     z = torch.randn(2, 4, 3, 40, 24)
     t = torch.tensor([0.2, 0.9])
@@ -332,9 +355,10 @@ def test_options_reach_the_network(tmp_path, monkeypatch):
             return enlarge(lr, scale=options["scale"])
         return upscaler
     monkeypatch.setattr(infer, "load", load)
-    infer.main([str(tmp_path / "in.mkv"), str(tmp_path / "out.mkv"), "--ckpt", f"{ROOT}/README.md", "--part", "ema",
-                *"--seed 3 --steps 2 --w 0.5 --color adain --scale 2 --tile 64 --device cpu".split()])
-    assert given == [((f"{ROOT}/README.md", "ema", "cpu", 64),
+    infer.main([str(tmp_path / "in.mkv"), str(tmp_path / "out.mkv"), "--ckpt", f"{ROOT}/weights/tiny_teacher.pt",
+                *"--part ema --chunk 17 --seed 3 --steps 2 --w 0.5 --color adain --scale 2 --tile 64".split(),
+                "--device", "cpu"])
+    assert given == [((f"{ROOT}/weights/tiny_teacher.pt", "ema", "cpu", 64),
                       dict(start=0, steps=2, w=0.5, seed=3, color="adain", scale=2))]
 
 
