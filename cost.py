@@ -15,6 +15,9 @@ import model as M
 # bytes a parameter: fp32 weight, gradient, two Adam moments, and the bf16 copy that autocast keeps of what is trained
 BYTES = {"trained": 16 + 2, "adapted": 4, "average": 4, "frozen": 4, "frozen bf16": 2}
 
+# bytes a parameter in a checkpoint: fp32 weights, and the two moments of what is trained; those of adapters are small
+KEPT = {"trained": 4 + 8, "adapted": 4, "average": 4, "frozen": 4, "frozen bf16": 0}
+
 
 def forward_flops(name, shape):
     """(FLOPs of one forward of this model on latents (1, C, T, H, W), the share of self-attention in them)."""
@@ -86,6 +89,8 @@ def report(title, cfg, passes, clips=1):
     print(f"{'activations':15s}{'with' if again else 'without':>12s} checkpointing, {len(graphs)} graphs at once"
           f"{activations / 1e9:29.2f}")
     print(f"{'total':15s}{'':33s}{total['forwards']:11d}{total['flops'] / 1e12:11,.2f}{total['bytes'] / 1e9:8.2f}\n")
+    disk = count * sum(KEPT[kept] for name, (kept, *_) in passes.items() if name != "reference") / 1e9
+    print(f"A checkpoint takes about {disk:.3g} GB of disk, twice that while it is written\n")
     print("Not counted: the discriminator head, the CUDA context (1 GB), fragments (5 to 10 %), under torchrun with "
           "accumulate DDP's buckets (4 bytes a trained parameter of one network), the video code in the panels, and "
           "making the clips: cache them with data.py prepare --latents.")

@@ -50,7 +50,7 @@ class Config:
     lr: float = 1e-3                # AdamW learning rate after warm-up [ours]
     warmup: int = 200               # steps from 0 to lr
     decay: float = 0.3              # last share of the steps, in which lr falls to 0
-    ema: float = 0.999              # decay of the averaged weights, less at first [SeedVR: 0.9998]
+    ema: float = 0.999              # decay of the averaged weights; at first (step + 1) / (step + 10) [SeedVR: 0.9998]
     text_drop: float = 0.1          # share of clips that lose their prompt; z_lr is never dropped
     negative: float = 0.25          # share of clips with softened target and the negative prompt [SUPIR]
     lr_noise: float = 0.1           # z_lr <- (1 - a) z_lr + a n, a ~ U(0, lr_noise) [SeedVR: 0.25]
@@ -66,7 +66,7 @@ PRESETS = {                         # the first one is the default; its values r
     "tiny":  dict(),
     "small": dict(model="small", out="out/small", clips=4000, batch=16, lr=3e-4, warmup=1000),
     "wan1.3b": dict(model="wan1.3b", out="out/wan1.3b", clips=2000, batch=1, accumulate=8, steps=10_000, lr=2e-5,
-                    ema=0.9998, lr_noise=0.25, shift=5.0, checkpointing=True),
+                    lr_noise=0.25, shift=5.0, checkpointing=True),
 }
 
 # ----------------------------------------------------------------------------

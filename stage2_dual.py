@@ -101,7 +101,7 @@ PRESETS = {                         # the first one is the default; its values r
                   lr=2e-5, lr_fake=4e-5, lr_head=1e-4, ema=0.99, log_every=10, save_every=100),
     "wan1.3b": dict(model="wan1.3b", out="out/wan1.3b", clips=2000, batch=1, accumulate=8, steps=2000, aux_warmup=200,
                     shift=5.0, head_channels=512, lr=2e-6, lr_fake=2e-6, lr_head=1e-5, ema=0.99, clip_norm=10.0,
-                    checkpointing=True, log_every=10, save_every=100),
+                    checkpointing=True, log_every=10, save_every=25),
 }
 
 # ----------------------------------------------------------------------------

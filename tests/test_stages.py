@@ -949,6 +949,18 @@ def test_other_stages_make_the_passes_they_announce(chain, tmp_path, monkeypatch
     assert found == want
 
 
+@pytest.mark.parametrize("number, stage", [*enumerate((stage0, stage1, stage2, stage3))])
+def test_dry_run_tells_the_size_of_a_checkpoint(chain, capsys, number, stage):
+    """Without what it does not count: the video code and the head."""
+    def size(part):
+        return part.nbytes if torch.is_tensor(part) else sum(map(size, part.values())) if isinstance(part, dict) else 0
+    state = checkpoint(chain[stage], f"stage{number}")
+    want = sum(size(part) for name, part in state.items() if name not in ("vae", "head", "opt_head"))
+    stage.main(replace(chain[stage], dry_run=True))
+    said = re.search(r"A checkpoint takes about (\S+) GB", capsys.readouterr().out)[1]
+    assert float(said) * 1e9 == pytest.approx(want, rel=0.02)
+
+
 @pytest.mark.parametrize("stage", [stage0, stage1, stage2, stage3])
 def test_accumulated_passes_train_as_one_large_batch(chain, tmp_path, monkeypatch, stage):
     upto, ends, norms = ["stage0", "stage1", "stage2"], [], []
