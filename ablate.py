@@ -347,7 +347,7 @@ def measure(cfg, clips, folder, run, key, arm, seed, pace, device):
     about = json.loads(note.read_text()) if note.exists() else {}
     if about.get("stamp") != stamp:
         start = time.perf_counter()
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(common.workers()) as pool:
             scores = list(pool.map(partial(evaluate.score, key, source, cfg=cfg, extra={}), made, clips))
         numbers = {clip["name"]: values for clip, (values, _) in zip(clips, scores, strict=True)}
         about = evaluate.plain({"stamp": stamp, "numbers": numbers})

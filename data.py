@@ -289,7 +289,7 @@ class Bank:
 
             def make(i):
                 rows[i] = np.concatenate([x.ravel() for x in clips.clip(epoch, i)])
-            with degradation.one_thread(), ThreadPoolExecutor(os.cpu_count()) as pool:  # workers start with one, too
+            with degradation.one_thread(), ThreadPoolExecutor(common.workers()) as pool:  # workers start with one, too
                 jobs = pool.map(make, range(self.n))
                 list(tqdm(jobs, f"clips of {clips.folder}", self.n, disable=not progress))
             rows.flush()
@@ -321,7 +321,7 @@ class Bank:
 
     def batch(self, first, count, device="cpu"):
         """Items first..first+count-1 of an endless stream: HR (count, 3, F, H, W), LR (.., h, w) in [-1, 1]."""
-        with ThreadPoolExecutor(min(count, os.cpu_count())) as pool:    # a GPU waits while crops are cut
+        with ThreadPoolExecutor(min(count, common.workers())) as pool:    # a GPU waits while crops are cut
             crops = pool.map(lambda i: self.crop(*divmod(i, self.n)), range(first, first + count))
         return tuple(to_tensor(x, device).contiguous() for x in zip(*crops, strict=True))
 
@@ -510,8 +510,8 @@ def prepare_latents(path, folder, model, vae, count, seed=0, device="cpu", save_
         rng = np.random.default_rng([seed, i])
         return *cut(rng, clips.clip(0, i), clip["crop"]), SOFT[0] + SOFT[1] * rng.random()
 
-    start, ahead = about["done"], 2 * os.cpu_count()        # clips are made ahead: degrading takes longer than a GPU
-    with ThreadPoolExecutor(os.cpu_count(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    start, ahead = about["done"], 2 * common.workers()        # clips are made ahead: degrading takes longer than a GPU
+    with ThreadPoolExecutor(common.workers(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
         jobs = [pool.submit(make, i) for i in range(start, min(start + ahead, count))]
         try:
             for i in tqdm(range(start, count), f"latents of {folder}", initial=start, total=count):

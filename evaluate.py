@@ -224,7 +224,7 @@ def outputs(row, source, clips, folder, seed, device):
     missing = [i for i, result in enumerate(results) if result is None]
     upscaler = infer.load(source["path"], source["part"], device) if source and missing else None
     # on a CPU a clip per core: two clips on one thread each are sooner done than one after the other on two
-    workers = min(os.cpu_count(), len(missing) or 1) if device.type == "cpu" else 1
+    workers = min(common.workers(), len(missing) or 1) if device.type == "cpu" else 1
     threads = torch.get_num_threads()
 
     def make_clip(i):
@@ -526,7 +526,7 @@ def main(cfg):
             continue
         seeds = []
         for output in made[row]:
-            with ThreadPoolExecutor(os.cpu_count()) as pool:    # numpy, torch and FFmpeg work side by side
+            with ThreadPoolExecutor(common.workers()) as pool:    # numpy, torch and FFmpeg work side by side
                 seeds.append(list(pool.map(partial(score, row, rows.get(row), cfg=cfg, extra=extra), output, clips)))
         values = [{k: float(np.mean([seed[i][0][k] for seed in seeds])) for k in COLUMNS} for i in range(len(clips))]
         result["rows"][row], result["intervals"][row] = mean_row(values)
