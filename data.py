@@ -482,7 +482,7 @@ def read_latents_about(path):
 
 
 @torch.no_grad()
-def prepare_latents(path, folder, model, vae, count, seed=0, device="cpu", save_every=16):
+def prepare_latents(path, folder, model, vae, count, seed=0, device="cpu", save_every=0):
     """Degrade and encode `count` clips of a folder of media into a file for LatentBank; goes on where it stopped."""
     clip = clip_row(model)
     clips = Clips(folder, clip["frames"], clip["size"], clip["strength"], seed)
@@ -510,6 +510,7 @@ def prepare_latents(path, folder, model, vae, count, seed=0, device="cpu", save_
         rng = np.random.default_rng([seed, i])
         return *cut(rng, clips.clip(0, i), clip["crop"]), SOFT[0] + SOFT[1] * rng.random()
 
+    save_every = save_every or max(16, count // 100)        # the note has the video code in it: half a GB
     start, ahead = about["done"], 2 * common.workers()        # clips are made ahead: degrading takes longer than a GPU
     with ThreadPoolExecutor(common.workers(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
         jobs = [pool.submit(make, i) for i in range(start, min(start + ahead, count))]
