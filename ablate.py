@@ -401,7 +401,8 @@ def write(args, folder, arms, numbers, truth, cfg, clips, about, rows, trained, 
     for key, arm in arms.items():
         over = spread(numbers[key])
         result["arms"][key] = {
-            "title": arm.title, "changes": {"stage2": arm.two, "stage3": arm.three}, "configs": about[key],
+            "title": arm.title, "changes": {"stage2": arm.two, "stage3": arm.three, "skip": arm.skip},
+            "configs": about[key],
             "paper": dict(zip(PAPER, arm.paper, strict=False)), "mean": {m: x for m, (x, _) in over.items()},
             "sd": {m: x for m, (_, x) in over.items()}, "seeds": {str(k): v for k, v in numbers[key].items()}}
     for (a, b), found in pairs.items():

@@ -184,7 +184,7 @@ def kept(path, stamp):
         if about["stamp"] == stamp:
             frames = media.read_video(path)
             return (frames, about["seconds"]) if list(frames.shape) == about["shape"] else None
-    except (OSError, ValueError, KeyError):                             # not there, or damaged: made again
+    except (OSError, ValueError, KeyError, TypeError):                  # not there, or damaged: made again
         return None
 
 

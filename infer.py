@@ -171,7 +171,7 @@ def open_pictures(files):
 
 def frames_at_once(model):
     """The default of --chunk: 53, which four windows of tiny and small cover. Where a training clip is one window
-    (wan1.3b) the network has only seen windows that begin a clip, and gets such alone."""
+    (wan1.3b) the network has only seen windows that begin a clip, so that each chunk is one such window."""
     clip = data.CLIPS[model]
     window = 4 * clip["window"] - 3
     return window if window == clip["frames"] else 53
@@ -233,6 +233,8 @@ def jobs(source, target, resume=False):
         raise ValueError(f"{target}: the output ends in .mp4, .mov, .mkv, .png, or in nothing for a folder")
     if target.exists() and target.is_dir() != (not target.suffix):
         raise ValueError(f"{target}: a {'folder; name a file in it' if target.is_dir() else 'file, not a folder'}")
+    if target.is_symlink() and not target.exists():
+        raise ValueError(f"{target}: a link to nothing; remove it, or name another output")
     if not source.is_dir():
         picture = source.suffix.lower() in media.IMAGES
         if target.suffix.lower() == ".png" and not picture:
@@ -246,14 +248,15 @@ def jobs(source, target, resume=False):
     if not files:
         raise ValueError(f"{source}: no videos or pictures in this folder")
     if others := sorted(p.name for p in source.iterdir() if p.name[0] != "." and p not in files):
-        print(f"{source}: left out, not by its ending a video or picture: {', '.join(others)}", file=sys.stderr)
+        more = f" and {len(others) - 5} more" * (len(others) > 5)
+        print(f"{source}: skipped, as no video or picture: {', '.join(others[:5])}{more}", file=sys.stderr)
     if media.numbered(files):
         one = target.suffix.lower() == ".png"
         if one and len(files) > 1:
             raise ValueError(f"{target}: one picture for {len(files)} frames; name a folder, .mp4 or .mkv")
         numbers = [[int(x) for x in re.findall(r"\d+", path.stem)] for path in files]
-        if gaps := [files[i + 1].name for i, (a, b) in enumerate(itertools.pairwise(numbers))
-                    if sum(b) - sum(a) != 1]:
+        steps = [[y - x for x, y in zip(a, b, strict=True) if x != y] for a, b in itertools.pairwise(numbers)]
+        if gaps := [path.name for path, step in zip(files[1:], steps, strict=True) if len(step) == 1 and step[0] > 1]:
             print(f"{source}: numbers are missing before {gaps[0]}; the pictures are taken as successive frames",
                   file=sys.stderr)
         return [(files[0] if one else files, target)]
@@ -292,7 +295,7 @@ def run(source, target, upscaler, args, stamp):
         with tqdm(total=film.count, initial=done, unit="frame", desc=target.name, dynamic_ncols=True) as progress:
             upscale_film(film, unfinished, parts, upscaler, progress)
         missing = unfinished.finish(film.fps, film.sound, film.begin, film.times)
-    return f"{target}: {film.count} frames" + (f", without {missing}: not for {target.suffix}" if missing else "")
+    return f"{target}: {film.count} frames" + (f", without {missing}" if missing else "")
 
 
 def arguments(argv):
@@ -359,8 +362,11 @@ def main(argv=None):
         tile, window = args.tile or data.CLIPS[model]["crop"], 4 * data.CLIPS[model]["window"] - 3
         if args.tile or M.vae_class(model) is not M.WanVAE:             # of Wan any --tile has the video code in tiles
             tile = max(32, tile // 2)
-        chunk = max(min(args.chunk, window), args.chunk // 8 * 4 + 1)   # less than a window is filled up to one
-        raise SystemExit(f"out of memory: try --tile {tile} --chunk {chunk}") from None
+        # less than a window is filled up to one, and where a clip is one window more than one was never trained on
+        chunk = window if frames_at_once(model) == window else max(min(args.chunk, window), args.chunk // 8 * 4 + 1)
+        advice = "it takes a larger machine" if (tile, chunk) == (args.tile, args.chunk) else (
+            f"try --tile {tile} --chunk {chunk}")
+        raise SystemExit(f"out of memory: {advice}") from None
     if failed:
         raise SystemExit(f"{failed} of {len(todo)} files were not upscaled")
 

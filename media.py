@@ -122,7 +122,8 @@ def header(path):
     """
     said = subprocess.run(command(["-v", "info", "-i", path]), input=b"", capture_output=True).stderr
     said = said.decode(errors="replace")
-    line = next((x for x in said.splitlines() if "Video: " in x and "(attached pic)" not in x), "")
+    line = next((x for x in said.splitlines() if re.match(r"\s*Stream #0:.*?: Video: ", x)
+                 and "(attached pic)" not in x), "")                     # not a title with these words
     hdr = re.search(r"/(smpte2084|arib-std-b67)\b", line)
     return dict(seeks=bool(re.search(r"Input #0, (mov|matroska),", said)),
                 lossless=bool(re.search(r"Video: (ffv1|huffyuv|ffvhuff|utvideo|rawvideo|png|bmp)\b", line)),
@@ -140,8 +141,9 @@ def stream(path, start=0, size=None):
     """The frames of a video from `start` on, one uint8 (H, W, 3) after the other; size (W, H): shrunk by area.
 
     FFmpeg decodes from the key frame before, or, where it finds that by guessing (.avi, .ts), from the first, and what
-    is early is dropped; when frames are shown, `survey` knows. Colours are those of the file's tags; without any, as
-    players have it, bt601 up to 576 lines and bt709 above (mpv). HDR is tone-mapped: 203 cd/m2 is white (BT.2408).
+    is early is dropped; when frames are shown, `survey` knows. Colours are those of the file's tags; without any, about
+    as players guess, bt709 if the shorter side is over 576 or the longer one 1280 and more, else bt601. HDR is
+    tone-mapped: 203 cd/m2 is white (BT.2408).
     """
     info, about = video_info(path), header(path)
     short, long = sorted((info["width"], info["height"]))
@@ -202,6 +204,8 @@ def read_image(path):
             if getattr(im, "n_frames", 1) > 1 and im.format in ("PNG", "WEBP"):
                 raise ValueError("an animation: make it a video first")
             profile, im = im.info.get("icc_profile"), ImageOps.exif_transpose(im)
+            if im.mode in ("RGBA", "P", "PA"):
+                im = im.convert("RGB")
             if profile and im.mode in ("RGB", "CMYK"):
                 im = to_srgb(im, profile)
             if im.mode[0] == "I":                        # 16 bits of grey, which PIL would cut off at 255
@@ -383,7 +387,7 @@ class Unfinished:
                 write_image(path, frame)
 
     def finish(self, fps, source=None, begin=0.0, times=None):
-        """Join the pieces under the target's name, with the sound of `source`. Returns what is missing of it, or "".
+        """Join the pieces under the name of the target, with the sound of `source`. Returns what is left out, and why.
 
         begin: seconds at which the first frame is shown. times: those of all frames, if the rate varies.
         """
@@ -398,13 +402,14 @@ class Unfinished:
             if times is not None and i + 1 < len(pieces):
                 entries.append(f"duration {times[int(pieces[i + 1].stem)] - times[int(piece.stem)]:.6f}")
         listed = self.folder / "pieces.txt"
-        listed.write_text("\n".join(entries))
+        listed.write_bytes(os.fsencode("\n".join(entries)))         # names need not be UTF-8
         # the container of a piece may round times: frame N is shown at begin + N / fps, exactly
         clock = [] if times else [
             "-bsf:v", f"setts=ts=round(({begin:.6f}+N*{1 / fps})/TB):duration=round({1 / fps}/TB)"]
         video = ["-itsoffset", f"{begin:.6f}", "-f", "concat", "-safe", "0", "-i", listed]
         # some sound does not fit into some containers, and some is nothing that FFmpeg could decode
         tries = [(track, codec) for track in ("1:a?", "1:a:0?") for codec in ("copy", "aac")] if source else []
+        reason = ""
         with whole(self.target) as tmp:
             for track, codec in [*tries, ("", "")]:
                 sound = ["-i", source, "-map", "0:v", "-map", track, "-c:a", codec] if track else []
@@ -416,4 +421,5 @@ class Unfinished:
             else:
                 raise ValueError(f"{self.target}: not written ({reason})")
         shutil.rmtree(self.folder)
-        return {"1:a?": "", "1:a:0?": "all sound but its first track", "": "its sound"}[track] if source else ""
+        left_out = {"1:a?": "", "1:a:0?": "all sound but its first track", "": "its sound"}[track] if source else ""
+        return left_out and f"{left_out} ({reason})"

@@ -190,7 +190,7 @@ def test_stopped_while_writing_is_made_again(run, tmp_path):
     media.write_video(path, frames.repeat(2, 0), 24)                    # other frames under the same note
     assert evaluate.kept(path, stamp) is None
     evaluate.keep(path, stamp, frames, 2.5, 24)
-    for broken in ("", "{}"):
+    for broken in ("", "{}", "null", "[]"):
         path.with_suffix(".json").write_text(broken)
         assert evaluate.kept(path, stamp) is None
     path.with_suffix(".json").unlink()

@@ -243,12 +243,12 @@ def test_sound_that_nothing_can_read_is_left_out_and_said_to_be(plain, tmp_path,
     for name, content, missing in (("second", second, "all sound but its first track"), ("none", none, "its sound")):
         (tmp_path / f"{name}.mov").write_bytes(content)
         infer.main([str(tmp_path / f"{name}.mov"), str(tmp_path / f"{name}.mp4")])
-        assert f"{name}.mp4: 6 frames, without {missing}" in capsys.readouterr().out
+        assert f"{name}.mp4: 6 frames, without {missing} (" in capsys.readouterr().out
         assert media.survey(tmp_path / f"{name}.mp4")["frames"] == 6
     assert media.ffmpeg(["-i", tmp_path / "second.mp4", "-map", "0:a", "-f", "s16le", "-"])
 
 
-@pytest.mark.parametrize("name", ["a#b.mp4", "what? 100% it's.mkv", "file:x.mp4"])
+@pytest.mark.parametrize("name", ["a#b.mp4", "what? 100% it's.mkv", "file:x.mp4", "caf\udce9.mp4"])
 def test_any_name_will_do(plain, tmp_path, name):
     media.write_video(tmp_path / "in.mkv", scene(0, 20), 24)
     (tmp_path / "d#r ?").mkdir()
@@ -261,9 +261,10 @@ def test_a_link_to_a_folder_is_filled_and_what_cannot_be_an_output_is_refused_at
     (tmp_path / "big").mkdir(), (tmp_path / "up").symlink_to(tmp_path / "big")
     infer.main([str(tmp_path / "in.mkv"), str(tmp_path / "up")])
     assert [p.name for p in media.files_in(tmp_path / "big", {".png", ".txt"})] == [f"{i:06d}.png" for i in (1, 2, 3)]
-    (tmp_path / "film.mp4").mkdir(), (tmp_path / "LICENSE").write_text("mine")
+    (tmp_path / "film.mp4").mkdir(), (tmp_path / "LICENSE").write_text("mine"), (tmp_path / "old").symlink_to("gone")
     plain.clear()
-    for name, words in (("film.mp4", "a folder; name a file in it"), ("LICENSE", "a file, not a folder")):
+    for name, words in (("film.mp4", "a folder; name a file in it"), ("LICENSE", "a file, not a folder"),
+                        ("old", "a link to nothing")):
         with pytest.raises(SystemExit, match=f"{name}: {words}"):
             infer.main([str(tmp_path / "in.mkv"), str(tmp_path / name)])
     assert not plain and (tmp_path / "LICENSE").read_text() == "mine"
@@ -275,11 +276,16 @@ def test_what_is_left_out_of_a_folder_is_said(plain, tmp_path, capsys):
     media.write_video(tmp_path / "mixed/a.mkv", scene(0, 3), 24)
     (tmp_path / "mixed/list.txt").write_text("a"), (tmp_path / "mixed/.hidden").write_text("b")
     infer.main([str(tmp_path / "mixed"), str(tmp_path / "out")])
-    assert "left out, not by its ending a video or picture: list.txt\n" in capsys.readouterr().err
+    assert "mixed: skipped, as no video or picture: list.txt\n" in capsys.readouterr().err
     for i in (8, 9, 10, 13):
         Image.fromarray(scene(0, 1)[0]).save(tmp_path / f"frames/shot2_{i}.png")
     infer.main([str(tmp_path / "frames"), str(tmp_path / "film.mkv")])
     assert "numbers are missing before shot2_13.png; the pictures are taken as successive" in capsys.readouterr().err
+    for i in (1, 2):                                                            # two numbers count: nothing is missing
+        Image.fromarray(scene(0, 1)[0]).save(tmp_path / f"mixed/f_{i}_t{33 * i}.png")
+    (tmp_path / "mixed/a.mkv").unlink()
+    infer.main([str(tmp_path / "mixed"), str(tmp_path / "two.mkv")])
+    assert "missing" not in capsys.readouterr().err
 
 
 def test_times_that_vary_are_kept(plain, tmp_path):

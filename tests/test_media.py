@@ -174,6 +174,13 @@ def test_hdr_is_tone_mapped(tmp_path, curve):
     assert (np.diff(back) > 5).all() and 190 < back[-1] < 225
 
 
+def test_a_title_does_not_hide_what_the_file_says(tmp_path):
+    media.write_video(tmp_path / "x.mp4", scene(0, 2), 24)
+    media.ffmpeg(["-i", tmp_path / "x.mp4", "-c", "copy", "-metadata", "title=Music Video: ffv1, x",
+                  tmp_path / "Video: x.mp4"])
+    assert media.header(tmp_path / "Video: x.mp4") == dict(seeks=True, lossless=False, matrix=True, hdr="")
+
+
 def test_a_cover_is_no_video(tmp_path):
     Image.fromarray(scene(0, 1)[0]).save(tmp_path / "cover.png")
     media.ffmpeg(["-f", "lavfi", "-i", "sine=d=0.3", "-i", tmp_path / "cover.png", "-map", "0", "-map", "1",
@@ -198,6 +205,9 @@ def test_pictures_come_in_srgb_and_animations_are_refused(tmp_path):
                                 ("broken", b"no profile", (200, 60, 40))):
         picture.save(tmp_path / f"{name}.png", icc_profile=profile)
         assert abs(media.read_image(tmp_path / f"{name}.png").astype(int) - want).max() <= 1, name
+        for other in (picture.convert("RGBA"), picture.quantize()):
+            other.save(tmp_path / "other.png", icc_profile=profile)
+            assert abs(media.read_image(tmp_path / "other.png").astype(int) - want).max() <= 1, (name, other.mode)
     picture.save(tmp_path / "moves.webp", save_all=True, append_images=[Image.new("RGB", (16, 16))])
     with pytest.raises(ValueError, match="moves.webp: .*an animation: make it a video first"):
         media.read_image(tmp_path / "moves.webp")
