@@ -284,7 +284,7 @@ def main(cfg):
         return [torch.stack(x).float().to(device) for x in zip(*batch, strict=True)]
 
     # whose winner does the student prefer? of pairs held out, and as many (or all) that are trained on
-    measured = {"trained": spread(kept, len(held)), "held": held} if held and rank == 0 else {}
+    measured = {"trained": spread(kept, len(held)), "held": held} if held and rank == 0 and start < cfg.steps else {}
     fixed = window, size, cfg.seed, device
     with autocast:
         margins_ref = {name: margins(reference, some, *fixed) for name, some in measured.items()}
