@@ -474,7 +474,7 @@ def main(argv=None):
             run, cfgs = prepare(args, folder, arms, key, seed)
             todo = {n: c for n, c in cfgs.items() if not finished(f"{run}/stage{n}/last.pt")}
             if todo:
-                data.training_bank(cfgs[min(cfgs)], 0)                  # made here, so that no arm's time includes it
+                data.training_bank(cfgs[min(cfgs)], 0)          # made here, so that no arm's time includes it
             if todo or not (run / "numbers.json").exists():
                 calls = {"teacher50": args.teacher_steps, "teacher1": 1}.get(arm.row, 0) * (2 if cfg.cfg_w else 1) or 1
                 known = "" if set(todo) <= set(pace) else ", at least: what surrounds the network is not measured yet"

@@ -321,7 +321,7 @@ class Bank:
 
     def batch(self, first, count, device="cpu"):
         """Items first..first+count-1 of an endless stream: HR (count, 3, F, H, W), LR (.., h, w) in [-1, 1]."""
-        with ThreadPoolExecutor(min(count, common.workers())) as pool:    # a GPU waits while crops are cut
+        with ThreadPoolExecutor(min(count, common.workers())) as pool:  # a GPU waits while crops are cut
             crops = pool.map(lambda i: self.crop(*divmod(i, self.n)), range(first, first + count))
         return tuple(to_tensor(x, device).contiguous() for x in zip(*crops, strict=True))
 
@@ -511,7 +511,7 @@ def prepare_latents(path, folder, model, vae, count, seed=0, device="cpu", save_
         return *cut(rng, clips.clip(0, i), clip["crop"]), SOFT[0] + SOFT[1] * rng.random()
 
     save_every = save_every or max(16, count // 100)        # the note has the video code in it: half a GB
-    start, ahead = about["done"], 2 * common.workers()        # clips are made ahead: degrading takes longer than a GPU
+    start, ahead = about["done"], 2 * common.workers()      # clips are made ahead: degrading takes longer than a GPU
     with ThreadPoolExecutor(common.workers(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
         jobs = [pool.submit(make, i) for i in range(start, min(start + ahead, count))]
         try:

@@ -504,8 +504,8 @@ def main(cfg):
     common.check_fields(cfg)
     if (cfg.gt or cfg.lr) and not cfg.pred:
         raise SystemExit("--gt and --lr belong to outputs: name these with --pred")
-    for path in (cfg.teacher, cfg.student):
-        if path and path not in vars(Config()).values() and not os.path.isfile(path):
+    for path, usual in ((cfg.teacher, Config.teacher), (cfg.student, Config.student)):
+        if path not in ("", usual) and not os.path.isfile(path):
             raise SystemExit(f"{path}: no such checkpoint; name another file")
     if cfg.pred and any(Path(cfg.out).glob("stage*/last.pt")):
         raise SystemExit(f"{cfg.out} holds stages, whose report this one would replace: name another --out")
@@ -526,7 +526,7 @@ def main(cfg):
             continue
         seeds = []
         for output in made[row]:
-            with ThreadPoolExecutor(common.workers()) as pool:    # numpy, torch and FFmpeg work side by side
+            with ThreadPoolExecutor(common.workers()) as pool:  # numpy, torch and FFmpeg work side by side
                 seeds.append(list(pool.map(partial(score, row, rows.get(row), cfg=cfg, extra=extra), output, clips)))
         values = [{k: float(np.mean([seed[i][0][k] for seed in seeds])) for k in COLUMNS} for i in range(len(clips))]
         result["rows"][row], result["intervals"][row] = mean_row(values)
