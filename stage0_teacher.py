@@ -130,7 +130,7 @@ def check(cfg):
         why = "--init has it" if cfg.init else "--latents has it" if base else f"{cfg.model} starts from scratch"
         raise SystemExit(f"--{', --'.join(unread)}: not read here ({why}); leave it out")
     if missing := [name for name in wanted if not vars(cfg)[name]]:
-        raise SystemExit(f"{cfg.model} starts from Wan2.1: name --{', --'.join(missing)} (README, \"The real base\")")
+        raise SystemExit(f"{cfg.model} starts from Wan2.1: name --{', --'.join(missing)} (docs/wan.md)")
     if cfg.init:
         M.read_checkpoint(cfg.init)                                     # now, not after the clips are made
 
