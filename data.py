@@ -11,7 +11,7 @@ What is here, top to bottom:
   python data.py prompts --encoder google/umt5-xxl --out prompts.safetensors   prompts of the real base, as tensors
 
 What a clip or a crop is follows from (seed, epoch, index) alone, never from a worker, a rank, or the order of calls;
-which latent frames of a batch are used (random_run) from torch's seed, which is set at every step.
+which latent frames of a batch are used (random_window) from torch's seed, which is set at every step.
 Shapes: F frames, H x W pixels of HR, h = H/4 and w = W/4 of LR. On disk the colour axis is last, (F, H, W, 3) uint8
 (media.py reads and writes it); networks see (B, 3, F, H, W) float32 in [-1, 1].
 """
@@ -375,7 +375,7 @@ def training_bank(cfg, rank, latents=""):
     return bank, clip
 
 
-def random_run(window, *latents):
+def random_window(window, *latents):
     """The same random run of `window` latent frames of each, (B, C, T, H, W) -> (B, C, window, H, W).
 
     The first latent frame of a clip holds a single video frame; a model that sees runs from anywhere in a clip
@@ -403,7 +403,7 @@ SOFT = 0.7, 0.8     # px: targets of the negative prompt are blurred by 0.7 + 0.
 def panel_batch(bank, vae, clip, seed, device):
     """(z_hr, z_lr, eps) of four crops, the same whenever a run asks: what panels show, so that they can be compared."""
     torch.manual_seed(seed)
-    z_hr, z_lr = random_run(clip["window"], *bank.latents(vae, 0, 4, device))
+    z_hr, z_lr = random_window(clip["window"], *bank.latents(vae, 0, 4, device))
     return z_hr, z_lr, torch.randn_like(z_hr)
 
 

@@ -5,7 +5,7 @@
     path        z_t = (1 - t) z_0 + t eps
     velocity    v = eps - z_0, so that z_0 = z_t - t v and eps = z_t + (1 - t) v
     student     z_0 = eps - v(eps, t = 1, z_lr, c): one Euler step from noise to data
-    guidance    v_cfg = (1 + w) v(c) - w v(null), null the prompt AGAINST; w = 0: none (the usual scale is 1 + w)
+    guidance    v_cfg = (1 + w) v(c) - w v(neg), neg the prompt AGAINST; w = 0: none (the usual scale is 1 + w)
     shift       time_shift(u, s) = s u / (1 + (s - 1) u)
 
     SHAPES
@@ -35,7 +35,7 @@ from einops import rearrange
 from torch.utils.checkpoint import checkpoint
 
 NULL, POSITIVE, NEGATIVE = 0, 1, 2      # prompt ids: no text, high quality, low quality
-AGAINST = NEGATIVE                      # what guidance moves away from [ours]; the paper's: NULL, no text
+AGAINST = NEGATIVE                      # neg, what guidance moves away from [ours]; the paper's: NULL, no text
 
 # learned: prompts are parameters; otherwise they are read from a file. residual: adds to linear_velocity
 # rope: base of the rotary frequencies. A short head has few: 10000 would leave it 1, 0.16, 0.03, ... radians a token
@@ -67,20 +67,6 @@ def to_x0(z_t, v, t):
     return z_t - bcast(t, z_t) * v
 
 
-def linear_velocity(z_t, t, z_lr, variance):
-    """E[v | z_t, z_lr] if z_0 - z_lr were white noise of this variance, (C,): what needs no network.
-
-    A small network that has to pass its noise through to its output, v = eps - z_0, leaves part of it in z_0 as grain.
-    With this added to the output it only learns the rest: at t = 1 the sum is z_t - z_lr, so the one step starts from
-    z_0 = z_lr; at t = 0 it is -z_t. The skip connection of EDM (Karras et al. 2022), for flow matching given z_lr.
-    """
-    t, variance = bcast(t, z_t), variance.view(1, -1, 1, 1, 1)
-    # with r = z_0 - z_lr: v = eps - r - z_lr, and z_t - (1 - t) z_lr = (1 - t) r + t eps =: y, so E[v | y] = k y - z_lr
-    # where k = Cov(eps - r, y) / Var(y)
-    k = (t - (1 - t) * variance) / (t.square() + (1 - t).square() * variance)
-    return k * (z_t - (1 - t) * z_lr) - z_lr
-
-
 def time_shift(u, s):
     """s u / (1 + (s - 1) u): moves times in [0, 1] towards noise for s > 1; 0 and 1 stay (SD3, Wan)."""
     return s * u / (1 + (s - 1) * u)
@@ -91,10 +77,9 @@ def time_grid(steps, shift=1.0):
     return time_shift(torch.arange(steps + 1, dtype=torch.float64) / steps, shift).float()
 
 
-def guide(v_c, v_null, w):
-    """Classifier-free guidance, v_cfg = (1 + w) v(c) - w v(null), null the prompt AGAINST. Where both
-    branches are equal it is v(c) for every w."""
-    return (1 + w) * v_c - w * v_null
+def guide(v_c, v_neg, w):
+    """Classifier-free guidance, v_cfg = (1 + w) v(c) - w v(neg). Where both branches are equal it is v(c) for any w."""
+    return (1 + w) * v_c - w * v_neg
 
 
 def euler(velocity, eps, steps, shift=1.0):
@@ -122,6 +107,20 @@ def sample(net, eps, z_lr, steps, shift=1.0, w=0.0):
 def one_step(net, eps, z_lr):
     """The one-step student: z_0 = eps - v(eps, t = 1, z_lr, c). Gradient flows. eps, z_lr: (B, C, T, H, W)."""
     return eps - net(eps, torch.ones(len(eps), device=eps.device), z_lr, prompt(eps)).float()
+
+
+def linear_velocity(z_t, t, z_lr, variance):
+    """E[v | z_t, z_lr] if z_0 - z_lr were white noise of this variance, (C,): what needs no network.
+
+    A small network that has to pass its noise through to its output, v = eps - z_0, leaves part of it in z_0 as grain.
+    With this added to the output it only learns the rest: at t = 1 the sum is z_t - z_lr, so the one step starts from
+    z_0 = z_lr; at t = 0 it is -z_t. The skip connection of EDM (Karras et al. 2022), for flow matching given z_lr.
+    """
+    t, variance = bcast(t, z_t), variance.view(1, -1, 1, 1, 1)
+    # with r = z_0 - z_lr: v = eps - r - z_lr, and z_t - (1 - t) z_lr = (1 - t) r + t eps =: y, so E[v | y] = k y - z_lr
+    # where k = Cov(eps - r, y) / Var(y)
+    k = (t - (1 - t) * variance) / (t.square() + (1 - t).square() * variance)
+    return k * (z_t - (1 - t) * z_lr) - z_lr
 
 
 # ----------------------------------------------------------------------------
@@ -245,7 +244,7 @@ class DiT(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """Wan's initialisation, and zeros for the input columns of z_lr: training starts from the video prior."""
+        """Wan's initialisation, and zeros for the input columns of z_lr, which a fresh network ignores."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -345,7 +344,7 @@ class RFSHead(nn.Module):
     dim: width D of one feature. taps: how many features there are of each model. grid: (T, H/2, W/2) token grid.
     models: 2 for real and fake, 1 for one of them. pooled: one logit per clip instead of one per patch (as DMD2).
     The last convolution starts at 0, so all logits start at 0 and the hinge loss at exactly 2. No normalisation between
-    its layers [ours: LOG.md]: over a clip it would erase how strong a feature is there, which is what first tells HR
+    its layers [ours]: over a clip it would erase how strong a feature is there, which is what first tells HR
     from a student.
     """
 

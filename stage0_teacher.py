@@ -51,7 +51,7 @@ class Config:
     warmup: int = 200               # steps from 0 to lr
     decay: float = 0.3              # last share of the steps, in which lr falls to 0
     ema: float = 0.999              # decay of the averaged weights; at first (step + 1) / (step + 10) [SeedVR: 0.9998]
-    text_drop: float = 0.1          # share of clips that lose their prompt; z_lr is never dropped
+    text_drop: float = 0.1          # share of clips that get the prompt NULL, for AGAINST = NULL; z_lr is never dropped
     negative: float = 0.25          # share of clips with softened target and the negative prompt [SUPIR]
     lr_noise: float = 0.1           # z_lr <- (1 - a) z_lr + a n, a ~ U(0, lr_noise) [SeedVR: 0.25]
     shift: float = 1.0              # time shift of the training times, uniform at 1 [SeedVR: 5 for large videos]
@@ -82,7 +82,7 @@ def flow_loss(net, z_0, z_lr, text, t, eps):
 def draw_prompts(u_negative, u_drop, negative, text_drop):
     """Prompt ids (B,) and which targets to soften (B,) bool, from uniform numbers (B,).
 
-    A dropped prompt keeps its clip's target: the null branch learns the mixture of both qualities.
+    A dropped prompt keeps its clip's target: NULL learns the mixture of both qualities.
     """
     soft = u_negative < negative
     text = torch.where(soft, M.NEGATIVE, M.POSITIVE)
@@ -163,7 +163,7 @@ def main(cfg):
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(step, cfg)
         optimiser.zero_grad()
-        for part in range(rank, parts, world):                          # see common.draw
+        for part in range(rank, parts, world):                          # a part: see common.draw
             common.reseed(cfg.seed, "stage 0", step)
             B = cfg.batch
 
@@ -171,7 +171,7 @@ def main(cfg):
             u_negative, u_drop, u_soft, u_lr, u_t = common.draw(torch.rand, (B, 5), part, parts, device).T
             text, soft = draw_prompts(u_negative, u_drop, cfg.negative, cfg.text_drop)     # data.soften: how
             pair = bank.latents(vae, (step * parts + part) * B, B, device, soft, u_soft)
-            z_0, z_lr = data.random_run(clip["window"], *pair)
+            z_0, z_lr = data.random_window(clip["window"], *pair)
             a = M.bcast(cfg.lr_noise * u_lr, z_lr)
             z_lr = (1 - a) * z_lr + a * common.draw(torch.randn, z_lr.shape, part, parts, device)
 

@@ -11,9 +11,9 @@ Writes  out/<preset>/stage1/last.pt: cfg (guided multi-step model, the real scor
         vae, and what --resume needs; log.jsonl, panel.png, loss.png.
 
 Differs from the paper: (1) the loss compares velocities; end points (pd_space = "z", the paper's) would weigh one step
-of a grid of 64 up to 540 times as much as another at shift 5; (2) guidance is (1 + w) v(c) - w v(null): the factor w on
-the second term is missing in a public summary of the paper, and without it c = null would not give v(null); (3) "null"
-is the low-quality prompt (AGAINST in model.py): the tiny teacher hardly tells no text at all from the good one.
+of a grid of 64 up to 540 times as much as another at shift 5; (2) guidance is (1 + w) v(c) - w v(neg): the factor w on
+the second term is missing in a public summary of the paper, and without it c = neg would not give v(neg); (3) neg is
+the low-quality prompt (AGAINST in model.py), not no text: the tiny teacher hardly tells none from the good one.
 """
 from copy import deepcopy
 from dataclasses import dataclass
@@ -43,7 +43,7 @@ class Config:
     latents: str = ""               # file of data.py prepare --latents, used instead of data; "": none
     checkpointing: bool = False     # keep the inputs of blocks alone and compute the rest twice: less memory
     dry_run: bool = False           # print what a step costs, in passes, FLOPs and memory, and stop
-    cfg_w: float = 0.5              # guidance weight, the usual scale is 1 + w; w = 1 adds grain [ours: LOG.md]
+    cfg_w: float = 0.5              # guidance weight, the usual scale is 1 + w; w = 1 adds grain [ours]
     cfg_steps: int = 60             # steps of CFG distillation [not in the paper's summary]
     cfg_lr: float = 1e-4            # its learning rate, linear to 0 [ours]
     pd_grid: tuple = (64, 32, 16, 8, 4, 2, 1)   # Euler steps of each teacher, and of the last student [paper]
@@ -70,11 +70,11 @@ PRESETS = {                         # the first one is the default; its values r
 def cfg_target(velocity, z_t, t, w):
     """(v_cfg, v_c): the teacher's guided velocity and its conditional part. velocity: (z, t, which prompt) -> v.
 
-    The null branch changes the text and keeps z_lr.
+    The second pass changes the text and keeps z_lr.
     """
     v_c = velocity(z_t, t, M.POSITIVE)
-    v_null = velocity(z_t, t, M.AGAINST)
-    return M.guide(v_c, v_null, w), v_c
+    v_neg = velocity(z_t, t, M.AGAINST)
+    return M.guide(v_c, v_neg, w), v_c
 
 
 def pd_times(u, n, shift):
@@ -154,8 +154,10 @@ def main(cfg):
                 cfg_net.load_state_dict(student.state_dict())
             optimiser.state.clear()
         n = cfg.pd_grid[phase + 1] if phase >= 0 else 0                 # steps of this phase's student
-        # the more steps, the less two of them differ from one, and the less Adam's own noise may move the student
-        lr = cfg.pd_lr / n ** 0.5 * (1 - k / cfg.steps_per_phase) if n else cfg.cfg_lr * (1 - step / cfg.cfg_steps)
+        if phase < 0:
+            lr = cfg.cfg_lr * (1 - step / cfg.cfg_steps)
+        else:                                                           # many steps: two of them hardly differ from one
+            lr = cfg.pd_lr / n ** 0.5 * (1 - k / cfg.steps_per_phase)
         for group in optimiser.param_groups:
             group["lr"] = lr
 
@@ -164,7 +166,7 @@ def main(cfg):
         for part in range(rank, parts, world):
             common.reseed(cfg.seed, "stage 1", step)
             pair = bank.latents(vae, (step * parts + part) * cfg.batch, cfg.batch, device)
-            z_0, z_lr = data.random_run(clip["window"], *pair)
+            z_0, z_lr = data.random_window(clip["window"], *pair)
             u = common.draw(torch.rand, (cfg.batch,), part, parts, device)
             eps = common.draw(torch.randn, z_0.shape, part, parts, device)
 
@@ -173,11 +175,12 @@ def main(cfg):
                     return teacher(z, t, z_lr, M.prompt(z, which)).float()
 
             if phase < 0:
-                t = t_end = M.time_shift(u, cfg.shift)
+                t = t_end = M.time_shift(u, cfg.shift)                  # t_end is not used
             else:
                 t, t_mid, t_end = pd_times(u, n, cfg.shift)
             z_t = M.add_noise(z_0, eps, t)                              # at n = 1 this is eps: HR plays no part
-            with torch.no_grad():                                       # v_start: a student that has learnt nothing yet
+            # v_start: what the student would say if it had learnt nothing in this phase
+            with torch.no_grad():
                 if phase < 0:
                     target, v_start = cfg_target(velocity, z_t, t, cfg.cfg_w)
                 else:

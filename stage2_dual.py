@@ -5,7 +5,7 @@ DMD moves the student's distribution towards the teacher's: a frozen "real" scor
 RFS-GAN moves it towards real video: a small convolutional head reads the features of both score models.
 Why both (the paper's reasons; README has what we found): DMD alone can be no better than its teacher, and is biased:
 the real score was never trained on a student's outputs, and its clean estimates of them shift what they show away from
-HR. The GAN sees real video, but alone it is unstable.
+HR. The GAN sees real video, but alone it is unstable. Both look at noised samples, where the two distributions overlap.
 
     gradient of     student     fake        head        real        (-: takes no part)
     L_Diff          -           trains      -           -
@@ -33,7 +33,8 @@ logits are per patch; all else that is marked [ours] or with its source.
 Only for comparison (ablate.py): regression in place of the streams, and a student that has not been through stage I.
 
 Names: z_0 is the student's output here, z_hr the latent of HR (z_0 in stages 0 and I); eps_in the noise the student
-starts from, eps the one that is added to z_0 at time t.
+starts from, eps the one that is added to z_0 at time t; in pairs of logits and features hr is of HR, s of the student;
+head is the discriminator, net.head the last layer of a DiT.
 """
 import math
 import statistics
@@ -72,7 +73,7 @@ class Config:
     features: str = "both"          # score models whose features the head reads: "both", "real", "fake" [paper: both]
     init: str = "stage1"            # where the student starts: "stage1" [paper], or "cfg", the CFG-distilled model
     steps: int = 40                 # student updates [not in the paper's summary; 2,000 to 4,000 at 1.3B: FastVideo]
-    aux_warmup: int = 150           # auxiliary updates before the first student update [ours: LOG.md]
+    aux_warmup: int = 150           # auxiliary updates before the first of the student; 30 teach the head little [ours]
     aux_per_student: int = 3        # auxiliary updates (fake score, head) per student update [paper]
     w_dmd: float = 1.0              # weight of L_DMD [paper]
     w_gan: float = 0.1              # weight of L_G [paper]
@@ -86,10 +87,10 @@ class Config:
     head_channels: int = 64         # width of the discriminator head [ours]
     pooled: bool = False            # one logit per clip [DMD2] instead of one per patch
     gan_same_noise: bool = True     # in L_D HR and the student's sample share t and eps, as in L_FM always [ours]
-    lr: float = 1e-4                # student learning rate [ours: LOG.md; 2e-6 at 1.3B: CausVid]
+    lr: float = 1e-4                # student learning rate; 4e-4 throws it about [ours; 2e-6 at 1.3B: CausVid]
     lr_fake: float = 2e-4           # fake score learning rate [ours]
     lr_head: float = 1e-3           # head learning rate [ours]
-    ema: float = 0.95               # decay of the student's average [ours: LOG.md; 0.99 at 1.3B: Self-Forcing]
+    ema: float = 0.95               # decay of the student's average [ours; 0.99 at 1.3B: Self-Forcing]
     clip_norm: float = 1.0          # gradient norm at which each network is clipped [ours; 10 at 1.3B: DMD2]
     log_every: int = 5              # student updates between log lines
     save_every: int = 20            # student updates between checkpoints and panels
@@ -117,9 +118,10 @@ def dmd_gradient(z_0, x_real, x_fake):
     """The DMD direction in z_0, normalised per sample: (x_fake - x_real) / mean |z_0 - x_real|, Eq. (8) of DMD.
 
     x_real, x_fake: (B, C, T, H, W) clean estimates of the two score models at the same z_t. Since x = z_t - t v this is
-    t (v_real - v_fake) over the normaliser: in velocities the sign turns. From scores s = -(z_t - (1 - t) x) / t^2 it
-    comes so: the gradient of the KL divergence, E[(1 - t) (s_fake - s_real) dz_0/dtheta], is the mean of
-    ((1 - t) / t)^2 (x_fake - x_real) dz_0/dtheta, and the normaliser takes the place of that weight.
+    t (v_real - v_fake) over the normaliser: in velocities the sign turns. Where it comes from: a score is the gradient
+    of a log density, s = grad log p(z_t) = -(z_t - (1 - t) x) / t^2. The KL divergence of the student's distribution
+    from the teacher's has the gradient E[(s_fake - s_real) dz_t/dtheta], with dz_t = (1 - t) dz_0: in z_0 it is
+    x_fake - x_real with the weight ((1 - t) / t)^2, and the normaliser takes the place of that weight.
     Returns (g, keep): keep (B,) is 0 for a sample whose mean |g| exceeds 10 (a spike, no direction [ours]) or is not
     finite.
     """
@@ -140,27 +142,32 @@ def dmd_loss(z_0, g, keep, half=True):
     return 0.5 * loss if half else loss
 
 
-def hinge_d(logits_real, logits_fake):
+def hinge_d(logits_hr, logits_s):
     """L_D = E max(0, 1 - D(z_t^HR)) + E max(0, 1 + D(z_t^S)), the mean over patches taken after the hinge."""
-    return F.relu(1 - logits_real).mean() + F.relu(1 + logits_fake).mean()
+    return F.relu(1 - logits_hr).mean() + F.relu(1 + logits_s).mean()
 
 
-def hinge_g(logits_fake):
+def hinge_g(logits_s):
     """L_G = -E D(z_t^S)."""
-    return -logits_fake.mean()
+    return -logits_s.mean()
 
 
-def fm_loss(fake, real, norm="mse"):
+def fm_loss(f_s, f_hr, norm="mse"):
     """L_FM: distance of the student's score-model features from those of HR, (B, N, D) each, averaged over the list.
 
     Features are normalised over D, so a term of "mse" lies in [0, 4] and is 2 for unrelated ones. HR's are the target.
     """
     distance = F.mse_loss if norm == "mse" else F.l1_loss
-    pairs = zip(fake, real, strict=True)
-    return sum(distance(M.normalise(f), M.normalise(r).detach()) for f, r in pairs) / len(fake)
+    pairs = zip(f_s, f_hr, strict=True)
+    return sum(distance(M.normalise(s), M.normalise(hr).detach()) for s, hr in pairs) / len(f_s)
 
 
 # ----------------------------------------------------------------------------
+
+
+def uses_scores(cfg):
+    """Whether a stream needs the score models and the head; regression alone does not."""
+    return bool({"dmd", "gan"} & set(cfg.streams))
 
 
 def check(cfg):
@@ -204,8 +211,7 @@ def main(cfg):
     taps = M.tap_blocks(len(real.blocks))
     side = clip["crop"] // vae.stride // 2                              # tokens per row of a crop
     common.reseed(cfg.seed, "head")
-    dim = real.head.head.in_features
-    head = M.RFSHead(dim, len(taps), cfg.head_channels, (clip["window"], side, side),
+    head = M.RFSHead(M.MODELS[cfg.model]["dim"], len(taps), cfg.head_channels, (clip["window"], side, side),
                      models=2 if cfg.features == "both" else 1, pooled=cfg.pooled).to(device)
     student.requires_grad_(True), fake.requires_grad_(True)
     # beta_1 = 0, as Self-Forcing; the head learns sooner with momentum (LOG.md, "why the head did not learn"). No
@@ -223,16 +229,16 @@ def main(cfg):
 
     backbones = {"both": (real, fake), "real": (real,), "fake": (fake,)}[cfg.features]
 
-    def begin(step, k, part):
-        """One part of the batch of update k: latents of HR and LR, and the noise that the student starts from."""
+    def next_batch(step, k, part):
+        """One part of the batch of a step's update k: latents of HR and LR, and the noise the student starts from."""
         common.reseed(cfg.seed, "stage 2", step, k)
-        # each update gets new clips: one a step of the warm-up, then aux_per_student + 1 a step
-        update = step + cfg.aux_warmup + max(step, 0) * cfg.aux_per_student + k
+        # updates so far, each with clips of its own: one a step of the warm-up, then aux_per_student + 1 a step
+        update = cfg.aux_warmup + step if step < 0 else cfg.aux_warmup + step * (cfg.aux_per_student + 1) + k
         pair = bank.latents(vae, (update * parts + part) * cfg.batch, cfg.batch, device)
-        z_hr, z_lr = data.random_run(clip["window"], *pair)
+        z_hr, z_lr = data.random_window(clip["window"], *pair)
         return z_hr, z_lr, common.draw(torch.randn, z_lr.shape, part, parts, device)
 
-    def noise(z, part):
+    def time_and_noise(z, part):
         """Score times, one per clip, and the noise that is added there, the same for all losses of one update (but for
         L_D's HR without gan_same_noise), so that student and HR differ by content alone. Fresh noise: with eps_in z_t
         would lie on the very path that led the student to z_0."""
@@ -247,12 +253,12 @@ def main(cfg):
         return v.float(), features
 
     @torch.no_grad()
-    def features_of(z_t, t, z_lr):
+    def features_of_hr(z_t, t, z_lr):
         """What the head and L_FM see of HR: no gradient is wanted there."""
         return [f for net in backbones for f in score(net, z_t, t, z_lr)[1]]
 
     # the steps before 0 are the warm-up: auxiliary updates alone, until fake score and head know the student
-    warmup = cfg.aux_warmup if scored(cfg) else 0
+    warmup = cfg.aux_warmup if uses_scores(cfg) else 0
     first = start or -warmup                                            # nothing is saved during the warm-up
     bar = tqdm(range(first, cfg.steps), "stage II", initial=first + warmup, total=cfg.steps + warmup,
                disable=rank > 0, dynamic_ncols=True)
@@ -265,28 +271,28 @@ def main(cfg):
         gan, values = "gan" in active, {}
 
         # 1) auxiliary updates: the fake score follows the student (L_Diff), the head tells it from HR (L_D)
-        updates = 0 if not scored(cfg) else cfg.aux_per_student if step >= 0 else 1
+        updates = 0 if not uses_scores(cfg) else cfg.aux_per_student if step >= 0 else 1
         for k in range(updates):
             for part in range(rank, parts, world):
-                z_hr, z_lr, eps_in = begin(step, k, part)
+                z_hr, z_lr, eps_in = next_batch(step, k, part)
                 with torch.no_grad(), autocast:                         # L_Diff trains fake, L_D head: no other
                     z_0 = M.one_step(student, eps_in, z_lr)
-                t, eps = noise(z_0, part)
+                t, eps = time_and_noise(z_0, part)
                 z_t = M.add_noise(z_0, eps, t)
                 with common.accumulating(part + world >= parts, fake_ddp, head_ddp):
                     v_fake, f_fake = score(fake_ddp, z_t, t, z_lr)      # one forward for L_Diff and for L_D
                     loss_diff = F.mse_loss(v_fake, eps - z_0)
                     loss_d = torch.zeros((), device=device)
                     if head_trains:
-                        t_hr, eps_hr = (t, eps) if cfg.gan_same_noise else noise(z_hr, part)
-                        f_hr = features_of(M.add_noise(z_hr, eps_hr, t_hr), t_hr, z_lr)
+                        t_hr, eps_hr = (t, eps) if cfg.gan_same_noise else time_and_noise(z_hr, part)
+                        f_hr = features_of_hr(M.add_noise(z_hr, eps_hr, t_hr), t_hr, z_lr)
                         f_s = []
                         if real in backbones:
                             with torch.no_grad():
                                 f_s += score(real, z_t, t, z_lr)[1]
                         if fake in backbones:
                             f_s += [f.detach() for f in f_fake]         # stop-gradient: fake serves no head
-                        with autocast:
+                        with autocast:                                  # HR, then the student
                             logits = head_ddp([torch.cat(pair) for pair in zip(f_hr, f_s, strict=True)])
                         loss_d = hinge_d(*logits.float().chunk(2))
                     ((loss_diff + loss_d) / cfg.accumulate).backward()  # they train different weights: one serves both
@@ -307,32 +313,32 @@ def main(cfg):
         done = step + 1
         logs = done % cfg.log_every == 0 or done == cfg.steps
         for part in range(rank, parts, world):
-            z_hr, z_lr, eps_in = begin(step, cfg.aux_per_student, part)
+            z_hr, z_lr, eps_in = next_batch(step, cfg.aux_per_student, part)
             with common.accumulating(part + world >= parts, student_ddp):
                 with autocast:
                     z_0 = M.one_step(student_ddp, eps_in, z_lr)
                 losses = {}                                             # already weighted, and so logged
                 if "mse" in active:
                     losses["mse"] = F.mse_loss(z_0, z_hr)
-                if scored(cfg):
-                    t, eps = noise(z_0, part)
+                if uses_scores(cfg):
+                    t, eps = time_and_noise(z_0, part)
                     z_t = M.add_noise(z_0, eps, t)
                     with torch.set_grad_enabled(gan and real in backbones):   # DMD alone needs no gradient through them
                         v_real, f_real = score(real, z_t, t, z_lr)
                     with torch.set_grad_enabled(gan and fake in backbones):
                         v_fake, f_fake = score(fake, z_t, t, z_lr)
-                    with torch.no_grad():                               # the KL gradient has no derivative of a score
+                    with torch.no_grad():                               # no derivative of a score in the KL gradient
                         if cfg.real_score == "teacher":
                             with autocast:
-                                v_null = real(z_t, t, z_lr, M.prompt(z_t, M.AGAINST)).float()
-                            v_real = M.guide(v_real, v_null, stage1["config"]["cfg_w"])
+                                v_neg = real(z_t, t, z_lr, M.prompt(z_t, M.AGAINST)).float()
+                            v_real = M.guide(v_real, v_neg, stage1["config"]["cfg_w"])
                         x_real, x_fake = M.to_x0(z_t, v_real, t), M.to_x0(z_t, v_fake, t)
                         g, keep = dmd_gradient(z_0, x_real, x_fake)
                 if "dmd" in active:
                     losses["dmd"] = cfg.w_dmd * dmd_loss(z_0, g, keep, cfg.dmd_half)
                 if gan:
                     f_s = (f_real if real in backbones else []) + (f_fake if fake in backbones else [])
-                    f_hr = features_of(M.add_noise(z_hr, eps, t), t, z_lr)
+                    f_hr = features_of_hr(M.add_noise(z_hr, eps, t), t, z_lr)
                     with autocast:
                         losses["gan"] = cfg.w_gan * hinge_g(head(f_s).float())
                     losses["fm"] = cfg.w_fm * fm_loss(f_s, f_hr, cfg.fm_norm)
@@ -348,7 +354,7 @@ def main(cfg):
             z_0 = z_0.detach()
             values |= dict(grad_norm=norm, detail=detail(z_0, z_lr, z_hr), **losses,
                            **{f"pull_{k}": v.norm() for k, v in pull.items()})
-            if scored(cfg):
+            if uses_scores(cfg):
                 values |= dmd_health(z_0, x_real, x_fake, g, keep, pull.get("dmd", g))
                 # lag: fake's error on the student's outputs over real's; at 1 it has learnt nothing of the student
                 values |= dict(lag=(v_fake - (eps - z_0)).square().mean() / (v_real - (eps - z_0)).square().mean(),
@@ -382,15 +388,10 @@ def main(cfg):
 # what a step costs, and what its log and panel say
 
 
-def scored(cfg):
-    """Whether a stream needs the score models and the head; regression alone does not."""
-    return bool({"dmd", "gan"} & set(cfg.streams))
-
-
 def passes(cfg):
     """DiT passes of an iteration, aux_per_student auxiliary updates and one of the student, for cost.py:
     {network: how it is kept and (forward alone, input gradient, full)}. With both streams 30 forwards' worth."""
-    s, gan = int(scored(cfg)), "gan" in cfg.streams
+    s, gan = int(uses_scores(cfg)), "gan" in cfg.streams
     n = s * cfg.aux_per_student
     r, f = (int(gan and cfg.features in ("both", name)) for name in ("real", "fake"))    # whose features are read
     # an auxiliary update: student alone; fake in full, and on HR; real on both. The student's: student in full, fake
@@ -446,7 +447,7 @@ def spatial_offsets(predict, z_0, z_hr, vae, eps, times=(0.2, 0.5, 0.8)):
 
 
 BLURRED, GRAINY = 0.6, 1.2          # shares of the detail of HR at which verdicts speak of blur and of grain [ours]
-THROWN = 2.5                        # and, in any one line, of a student that is thrown about [ours: LOG.md]
+THROWN = 2.5                        # and, in any one line, of a student that is thrown about [ours]
 
 
 def verdicts(out_dir, offsets=()):

@@ -57,12 +57,12 @@ class Config:
     keep: float = 0.5               # share of the pairs kept, those whose scores differ most [ours]
     held: int = 8                   # pairs held out, at most half; no other pair of their clips is used [ours]
     steps: int = 60                 # optimiser steps [paper: 1,000]
-    lr: float = 5e-5                # learning rate [ours: at 2e-4 the steps' own noise weaves a lattice, LOG.md]
+    lr: float = 5e-5                # learning rate; at 2e-4 the steps' own noise weaves a lattice [ours]
     dpo_t: str = "uniform"          # t ~ U(0, 1) [VideoAlign; the formula has a z_t]; "one": t = 1 [ours]
     dpo_beta: float = 0.0           # beta of the mean-reduced loss; 0: 2 / (alpha median |winner - loser|^2) [ours]
     beta_mode: str = "constant"     # "constant", or "flow": beta (1 - t)^2, which is 0 at t = 1 [VideoAlign]
     anchor: float = 1.0             # times beta / (4 alpha), on |v - v_ref|^2; 0: none [ours]
-    alpha: float = 2.0              # at t = 1 the output moves by at most alpha E[winner - loser | LR] [ours: LOG.md]
+    alpha: float = 2.0              # at t = 1 the output moves by at most alpha E[winner - loser | LR] [ours]
     own_noise: bool = False         # replay each candidate's own noise, at t = 1 a saddle: see beta in main
     log_every: int = 5              # steps between log lines
     save_every: int = 20            # steps between checkpoints and panels
@@ -160,7 +160,7 @@ def make_pair(i, student, vae, bank, clip, cfg, scorer, device):
     eps = torch.randn(cfg.candidates, *z_lr.shape[1:], device=device)
     with common.autocast(device):
         z = torch.cat([M.sample(velocity, e[None], z_lr, 1) for e in eps])
-    scores = scorer([data.to_uint8(vae.draw_onto(up, z_lr, x[None])) for x in z], lr)  # infer.py's, colours as they are
+    scores = scorer([data.to_uint8(vae.draw_onto(up, z_lr, x[None])) for x in z], lr)  # as infer.py --color none
     if not np.isfinite(scores).all():
         raise SystemExit(f"scorer {cfg.scorer}: no score for an output of clip {i % len(bank)}; use another")
     best, worst, margin = rank_pair(scores)
@@ -259,12 +259,10 @@ def main(cfg):
         common.put(f"{out_dir}/pairs.json", json.dumps({"scorer": cfg.scorer, "pairs": records}, indent=1))
         show_pairs(f"{out_dir}/pairs.png", kept[:4], vae, device)
     distance = torch.tensor([pair["distance"] for pair in kept])
-    # alpha says how far the output may move, in units of (w - l); beta and lam follow. At t = 1 the two pulls,
-    # sigmoid(-inside) beta (w - l) of DPO and 2 lam (x - x_ref) of the anchor, are equal at alpha (w - l) or before.
-    # With own_noise, errors there start at 0 and so does the gradient, but at a saddle: e_l grows as the student
-    # spoils what it makes of the losers' noise; the anchor, beta / (8 alpha) (e_w + e_l), holds if alpha < 1/2.
-    # At t < 1 winner and loser are two inputs with shared noise as well: for alpha > 1/2 the anchor only slows e_l,
-    # until sigmoid(-inside) has shrunk
+    # alpha bounds how far the output moves, in units of (w - l): at t = 1 DPO pulls by sigmoid(-inside) beta (w - l),
+    # the anchor back by 2 lam (x - x_ref), and they balance at alpha (w - l) or before. With own_noise the errors at
+    # t = 1, and the gradient, start at 0, a saddle: e_l has the weight -beta / 4 from DPO and beta / (8 alpha) from the
+    # anchor, so it grows unless alpha < 1/2. At t < 1 it is the same, until sigmoid(-inside) has shrunk
     beta = cfg.dpo_beta or choose_beta(distance, cfg.alpha)
     lam = cfg.anchor * beta / (4 * cfg.alpha)
 

@@ -430,8 +430,8 @@ def test_stage2_options_run(chain, tmp_path, changes):
 def test_regression_has_the_gradient_of_the_mean_squared_error(chain, tmp_path, monkeypatch):
     """streams mse: the student's first gradient is that of mean (z_0 - z_0^HR)^2; fake score and head stay as made."""
     cfg = fork(chain, stage2, tmp_path, ["stage0", "stage1"], steps=2, streams=("mse",), clip_norm=1e9)
-    pairs, noises, found, run, one = [], [], [], data.random_run, M.one_step
-    monkeypatch.setattr(data, "random_run", lambda *args: pairs.append(run(*args)) or pairs[-1])
+    pairs, noises, found, run, one = [], [], [], data.random_window, M.one_step
+    monkeypatch.setattr(data, "random_window", lambda *args: pairs.append(run(*args)) or pairs[-1])
     monkeypatch.setattr(M, "one_step", lambda net, eps, z_lr: (noises.append(eps), one(net, eps, z_lr))[1])
     update = common.ema_update
 
