@@ -159,7 +159,7 @@ def make_pair(i, student, vae, bank, clip, cfg, scorer, device):
     z_lr = vae.encode(up)
     eps = torch.randn(cfg.candidates, *z_lr.shape[1:], device=device)
     with common.autocast(device):
-        z = torch.cat([M.sample(velocity, e[None], z_lr, 1) for e in eps])
+        z = torch.cat([M.one_step(velocity, e[None], z_lr) for e in eps])
     scores = scorer([data.to_uint8(vae.draw_onto(up, z_lr, x[None])) for x in z], lr)  # as infer.py --color none
     if not np.isfinite(scores).all():
         raise SystemExit(f"scorer {cfg.scorer}: no score for an output of clip {i % len(bank)}; use another")
@@ -285,7 +285,7 @@ def main(cfg):
     measured = {"trained": spread(kept, len(held)), "held": held} if held and rank == 0 and start < cfg.steps else {}
     fixed = window, size, cfg.seed, device
     with autocast:
-        margins_ref = {name: margins(reference, some, *fixed) for name, some in measured.items()}
+        gaps_ref = {name: error_gaps(reference, some, *fixed) for name, some in measured.items()}
 
     bar = tqdm(range(start, cfg.steps), "stage III", initial=start, total=cfg.steps, disable=rank > 0,
                dynamic_ncols=True)
@@ -328,7 +328,7 @@ def main(cfg):
                         **saved | {"student": M.merged(student)})
             with torch.no_grad(), autocast:
                 before, after = (M.one_step(net, eps_w, z_lr) for net in (reference, student))
-                shares = {name: preferred(margins(student, some, *fixed), margins_ref[name])
+                shares = {name: preferred(error_gaps(student, some, *fixed), gaps_ref[name])
                           for name, some in measured.items()}
             common.log_row(out_dir, "held.jsonl", done, pairs=len(held), **shares)
             common.panel(f"{out_dir}/panel.png", {
@@ -349,27 +349,27 @@ def passes(cfg):
 
 
 @torch.no_grad()
-def margins(net, pairs, window, size, seed, device, times=(0.5, 1.0)):
+def error_gaps(net, pairs, window, size, seed, device, times=(0.5, 1.0)):
     """{t: e_l - e_w of each of these pairs, (n,)}, in one window of each, with the same noise at every call."""
-    margin = {}
+    gaps = {}
     for t in times:
         common.reseed(seed, "held out")
-        errors = []
+        found = []
         for pair in pairs:
             z_w, z_l, z_lr = (pair[k][None, :, :window, :size, :size].float().to(device) for k in ("win", "lose", "lr"))
             eps = torch.randn_like(z_w)
             e_w, e_l = paired(net, z_w, z_l, eps, eps, torch.full((1,), t, device=device), z_lr)[1]
-            errors.append((e_l - e_w).item())
-        margin[t] = np.array(errors)
-    return margin
+            found.append((e_l - e_w).item())
+        gaps[t] = np.array(found)
+    return gaps
 
 
-def preferred(margin, margin_ref):
-    """{t: share of pairs whose winner the student prefers, more than its reference does}; both as from `margins`.
+def preferred(gaps, gaps_ref):
+    """{t: share of pairs whose winner the student prefers, more than its reference does}; both as from `error_gaps`.
 
     1/2 is chance. More of the pairs it trained on: it learns; of pairs held out: what it learns carries over.
     """
-    return {t: float(np.mean(margin[t] > margin_ref[t])) for t in margin}
+    return {t: float(np.mean(gaps[t] > gaps_ref[t])) for t in gaps}
 
 
 def show_pairs(path, pairs, vae, device):

@@ -134,7 +134,7 @@ def test_preferred_counts_pairs_whose_winner_came_nearer(towards, share):
             d = next(p["win"] - p["lose"] for p in pairs if torch.equal(p["lr"][:, :, :4, :4], z_lr[0]))
             return z_lr - move * d[:, :, :4, :4]
         return velocity
-    found = stage3.preferred(*(stage3.margins(net(move), pairs, 2, 4, 0, "cpu") for move in (0.1 * towards, 0)))
+    found = stage3.preferred(*(stage3.error_gaps(net(move), pairs, 2, 4, 0, "cpu") for move in (0.1 * towards, 0)))
     assert found == {0.5: share, 1.0: share}
 
 

@@ -513,8 +513,8 @@ def test_pairs_held_out_are_measured_and_not_trained_on(chain, tmp_path, monkeyp
     monkeypatch.setattr(stage3, "set_aside", lambda order, clips, held: ([0, 1], [2]))
     monkeypatch.setattr(stage3, "read_pair", lambda path: read(path) | (
         {"win": read(path)["win"] * math.nan} if path.endswith("00002.pt") else {}))
-    monkeypatch.setattr(stage3, "margins", lambda net, pairs, *args: measured.append(pairs))
-    monkeypatch.setattr(stage3, "preferred", lambda margin, before: {1.0: 0.25})
+    monkeypatch.setattr(stage3, "error_gaps", lambda net, pairs, *args: measured.append(pairs))
+    monkeypatch.setattr(stage3, "preferred", lambda gaps, before: {1.0: 0.25})
     stage3.main(cfg)
     del measured[:2]                                            # of the reference, once
     assert [[pair["win"].isnan().all().item() for pair in some] for some in measured] == [[False], [True]] * 2
