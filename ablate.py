@@ -120,15 +120,19 @@ def arms_of(args):
     return {k: replace(arm, title=arm.title.replace("{}", str(args.teacher_steps))) for k, arm in arms.items()}
 
 
+def given(args, *names):
+    """{name: value} of the options that were given."""
+    return {k: vars(args)[k] for k in names if vars(args)[k]}
+
+
 def configs(args, arm, out, seed):
     """{2: Config of stage II, 3: of stage III} of the stages that the arm goes through, in the folder out."""
     found = {}
-    given = {k: v for k, v in (("steps", args.steps), ("data", args.data)) if v is not None}
     for n, changes in ((2, arm.two), (3, arm.three)):
         if n in needs(arm):
-            own = dict(out=str(out), seed=seed, resume=True)
+            own = given(args, "steps", "data") | changes | dict(out=str(out), seed=seed, resume=True)
             try:
-                found[n] = STAGES[n].Config(**STAGES[n].PRESETS[args.preset] | given | changes | own)
+                found[n] = STAGES[n].Config(**STAGES[n].PRESETS[args.preset] | own)
             except TypeError as error:
                 raise SystemExit(f"arm {arm.title!r}: {str(error).split('.')[-1]}") from None
             STAGES[n].check(found[n])
@@ -136,10 +140,9 @@ def configs(args, arm, out, seed):
 
 
 def evaluation(args):
-    """The Config of evaluate.py: its protocol, its light degradation; the inputs are the same for all seeds."""
-    given = dict(out=args.out, frames=args.frames, teacher_steps=args.teacher_steps) | \
-        ({"max_clips": args.max_clips} if args.max_clips else {}) | ({"clips": args.clips} if args.clips else {})
-    return evaluate.Config(**evaluate.PRESETS.get(args.preset, evaluate.PRESETS["small"]) | given)
+    """The Config of evaluate.py: its protocol, its degradation; the inputs are the same for all seeds."""
+    own = given(args, "out", "frames", "teacher_steps", "max_clips", "clips")
+    return evaluate.Config(**evaluate.PRESETS.get(args.preset, evaluate.PRESETS["small"]) | own)
 
 
 # ----------------------------------------------------------------------------
@@ -255,11 +258,8 @@ def finished(path):
     """Whether a checkpoint is there and its run came to its end."""
     if not os.path.exists(path):
         return False
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        return state["step"] >= state["total"]
-    except Exception as error:
-        raise SystemExit(f"{path}: not a checkpoint of a stage ({type(error).__name__}); remove it") from None
+    state = M.read_checkpoint(path)
+    return state["step"] >= state["total"]
 
 
 def link(source, target):
@@ -454,8 +454,8 @@ def main(argv=None):
     # 1) what all arms share: stage I, and the degraded clips of the whole run
     first = f"{args.out}/stage1/last.pt"
     if not finished(first):
-        given = {"data": args.data} if args.data else {}
-        stage1.main(stage1.Config(**stage1.PRESETS[args.preset] | given | dict(out=args.out, resume=True)))
+        own = given(args, "data", "out") | dict(resume=True)
+        stage1.main(stage1.Config(**stage1.PRESETS[args.preset] | own))
     if not folder.exists():
         data.training_bank(planned[0], 0)                       # before there is a folder: --data may name none
     folder.mkdir(parents=True, exist_ok=True)
@@ -476,7 +476,7 @@ def main(argv=None):
             if todo:
                 data.training_bank(cfgs[min(cfgs)], 0)          # made here, so that no arm's time includes it
             if todo or not (run / "numbers.json").exists():
-                calls = {"teacher50": args.teacher_steps, "teacher1": 1}.get(arm.row, 0) * (2 if cfg.cfg_w else 1) or 1
+                calls = {"teacher50": 2 * args.teacher_steps, "teacher1": 2}.get(arm.row, 1)
                 known = "" if set(todo) <= set(pace) else ", at least: what surrounds the network is not measured yet"
                 print(f"{args.name}, seed {seed}, {arm.title}: about "
                       f"{minutes(todo, key, calls, clips, base, pace, forward):.1f} minutes{known}", flush=True)
@@ -484,7 +484,7 @@ def main(argv=None):
             trained |= {json.loads((run / f"stage{n}/run.json").read_text())["commit"] for n in cfgs}
             found = measure(cfg, clips, folder, run, key, arm, seed, pace, device)
             numbers[key][seed], frames, rows[f"{key}, seed {seed}"] = found
-            about[key] = about.get(key) or {f"stage{n}": asdict(c) for n, c in cfgs.items()}
+            about.setdefault(key, {f"stage{n}": asdict(c) for n, c in cfgs.items()})
             if seed == 0:
                 shown[key] = frames
         write(args, folder, arms, numbers, truth, cfg, clips, about, rows, sorted(trained), device)
@@ -492,7 +492,7 @@ def main(argv=None):
             titles = {key: arm.title for key, arm in arms.items()} | {"HR": "high resolution"}
             for i, clip in enumerate(clips):
                 middle = {k: clip[k.lower()][len(clip["hr"]) // 2][None] for k in ("LR", "HR")}
-                report.write_panel(folder / f"{clip['name']}.png", [clip["name"]],
+                report.write_panel(folder / f"{clip['name']}.png",
                                    [middle | {key: shown[key][i] for key in arms}], titles)
     print((folder / "table.md").read_text())
     print(f"{folder}/table.md  {folder}/results.json  {folder}/*.png")

@@ -295,10 +295,11 @@ def start_run(out_dir, cfg):
     last = f"{out_dir}/last.pt"
     if os.path.exists(last) and not cfg.resume:
         raise SystemExit(f"{last} exists: add --resume to continue it, or name another --out")
+    state = {"step": 0, "total": 1, "config": {}, "samples": samples(cfg)}
     try:
-        # mmap: only the small parts are wanted, not the gigabytes behind them
-        state = torch.load(last, map_location="cpu", weights_only=True, mmap=True) if os.path.exists(last) else {}
-        step, before, seen = (state[k] for k in ("step", "config", "samples")) if state else (0, {}, samples(cfg))
+        if os.path.exists(last):        # mmap: only the small parts are wanted, not the gigabytes behind them
+            state = torch.load(last, map_location="cpu", weights_only=True, mmap=True)
+        step, before, seen = (state[k] for k in ("step", "config", "samples"))
     except Exception as error:
         raise SystemExit(f"{last}: cannot be read ({type(error).__name__}); remove it, or name another --out") from None
     # may change; with other steps the decay of stage 0 and the middle of order = "sequential" move
@@ -312,7 +313,7 @@ def start_run(out_dir, cfg):
     make_folder(out_dir)
     about = {"config": asdict(cfg), "argv": sys.argv, "commit": commit(), "torch": torch.__version__,
              "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}
-    if not state or step < vars(cfg).get("steps", state["total"]):      # what has ended keeps its own
+    if step < vars(cfg).get("steps", state["total"]):                   # what has ended keeps its own
         put(f"{out_dir}/run.json", json.dumps(about, indent=2))
     kept = [line for line in read_log(out_dir) if line["step"] <= step]
     put(f"{out_dir}/log.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
@@ -376,13 +377,11 @@ def panel(path, columns, verdicts=()):
 
     columns: {title: video (B, 3, F, H, W) in [-1, 1]}. verdicts: lines of text below.
     """
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     rows = min(4, len(next(iter(columns.values()))))
-    fig, axes = plt.subplots(rows, len(columns), figsize=(2.2 * len(columns), 2.2 * rows + 0.5 + 0.22 * len(verdicts)),
-                             squeeze=False, layout="constrained")
+    fig = Figure((2.2 * len(columns), 2.2 * rows + 0.5 + 0.22 * len(verdicts)), layout="constrained")
+    axes = fig.subplots(rows, len(columns), squeeze=False)
     for column, (title, video) in enumerate(columns.items()):
         for row in range(rows):
             frame = video[row, :, video.shape[2] // 2].detach().float().cpu()
@@ -391,15 +390,13 @@ def panel(path, columns, verdicts=()):
         axes[0][column].set_title(title, fontsize=9)
     fig.supxlabel("\n".join(verdicts) or " ", fontsize=8, ha="left", x=0.01)
     fig.savefig(path, dpi=110)
-    plt.close(fig)
 
     lines = read_log(os.path.dirname(path))
     names = [k for k in dict.fromkeys(k for line in lines for k in line) if k != "step"]
-    fig, axes = plt.subplots(-(-len(names) // 4) or 1, 4, figsize=(13, 2.4 * (-(-len(names) // 4) or 1)),
-                             squeeze=False, layout="constrained")
-    for axis, name in zip(axes.flat, names, strict=False):
+    rows = -(-len(names) // 4) or 1
+    fig = Figure((13, 2.4 * rows), layout="constrained")
+    for axis, name in zip(fig.subplots(rows, 4, squeeze=False).flat, names, strict=False):
         points = [(line["step"], line[name]) for line in lines if name in line]
         axis.plot(*zip(*points, strict=True), linewidth=0.9)
         axis.set_title(name, fontsize=9)
     fig.savefig(os.path.join(os.path.dirname(path), "loss.png"), dpi=90)
-    plt.close(fig)

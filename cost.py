@@ -67,8 +67,7 @@ def report(title, cfg, passes, clips=1):
     print(f"{title}, {cfg.model}: {count / 1e6:.2f} M parameters; F = {forward / 1e12:.3g} TFLOP, {a:.0%} attention, "
           f"for a clip of {4 * clip['window'] - 3} frames of {clip['crop']}x{clip['crop']}, {tokens} tokens")
     print(f"{samples} clips a pass, {cfg.accumulate} passes a step; counts are per step and GPU\n")
-    heads = zip(("kept", "alone", "input", "full", "F nominal", "TFLOP", "GB"), (12, 7, 7, 7, 11, 11, 8), strict=True)
-    print(f"{'network':15s}" + "".join(f"{word:>{width}s}" for word, width in heads))
+    print(f"{'network':15}{'kept':>12}{'alone':>7}{'input':>7}{'full':>7}{'F nominal':>11}{'TFLOP':>11}{'GB':>8}")
     total = {"forwards": 0, "flops": 0, "bytes": 0}
     for name, (kept, alone, to_input, full) in passes.items():
         nominal = alone + 2 * to_input + 3 * full + again * (to_input + full)

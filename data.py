@@ -26,6 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from fractions import Fraction
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -161,8 +162,6 @@ class Clips:
     """
 
     def __init__(self, folder, frames, size, strength, seed=0):
-        if size % (2 * SCALE):
-            raise ValueError(f"clips of {size} px: take a multiple of {2 * SCALE}, so that LR sides are even")
         self.folder, self.frames, self.size, self.seed = Path(folder), frames, size, seed
         self.strength = degradation.STRENGTHS.get(strength, strength)
         self.shots, self.photos, self.skipped = [], [], []       # shots: (path, start, end)
@@ -197,8 +196,8 @@ class Clips:
             self.photos.append(path)
             return
         seen = media.survey(path)
-        ends = [*seen["cuts"], seen["frames"]]
-        shots = [(path, a, b) for a, b in zip([0, *ends], ends, strict=False) if b - a >= self.frames]
+        ends = pairwise([0, *seen["cuts"], seen["frames"]])
+        shots = [(path, a, b) for a, b in ends if b - a >= self.frames]
         if not shots:
             raise ValueError(f"{path}: no shot of {self.frames} frames")
         self.shots += shots
@@ -264,34 +263,31 @@ class Bank:
     let one build it while the others wait.
     """
 
-    def __init__(self, clips, n, cache_dir, crop, epoch=0, progress=True):
+    def __init__(self, clips, n, cache_dir, crop):
         if n < 1:
             raise SystemExit("clips: at least 1")
-        if crop % SCALE or crop > clips.size:
-            raise ValueError(f"crop of {crop} px: take a multiple of {SCALE}, at most the clips' {clips.size}")
         self.n, self.crop_size, self.seed = n, crop, clips.seed
         self.shapes = [(clips.frames, s, s, 3) for s in (clips.size, clips.size // SCALE)]
-        key = json.dumps([n, epoch, self.shapes, clips.stamp()])
+        key = json.dumps([n, self.shapes, clips.stamp()])
         self.path = Path(cache_dir) / f"bank-{hashlib.sha256(key.encode()).hexdigest()[:16]}.bin"
         row = sum(math.prod(s) for s in self.shapes)
         if not self.path.exists():
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._build(clips, epoch, row, progress)
+            self._build(clips, row)
         if self.path.stat().st_size != n * row:
             raise SystemExit(f"{self.path}: clips cut short; remove this file, it is made again")
         self.rows = np.memmap(self.path, np.uint8, "r", shape=(n, row))
 
-    def _build(self, clips, epoch, row, progress):
+    def _build(self, clips, row):
         tmp = self.path.with_suffix(f".{uuid.uuid4().hex[:8]}")
         try:
             reserve(tmp, self.n * row)
             rows = np.memmap(tmp, np.uint8, "r+", shape=(self.n, row))
 
             def make(i):
-                rows[i] = np.concatenate([x.ravel() for x in clips.clip(epoch, i)])
+                rows[i] = np.concatenate([x.ravel() for x in clips.clip(0, i)])
             with degradation.one_thread(), ThreadPoolExecutor(common.workers()) as pool:  # workers start with one, too
-                jobs = pool.map(make, range(self.n))
-                list(tqdm(jobs, f"clips of {clips.folder}", self.n, disable=not progress))
+                list(tqdm(pool.map(make, range(self.n)), f"clips of {clips.folder}", self.n))
             rows.flush()
             os.replace(tmp, self.path)
         finally:
@@ -312,11 +308,8 @@ class Bank:
         crops = cut(rng, self.whole(shuffled(self.seed, self.n, epoch)[index]), self.crop_size)
         flips = rng.random(4) < 0.5
         for v in crops:
-            v = v[::-1] if flips[0] else v
-            v = v[:, ::-1] if flips[1] else v
-            v = v[:, :, ::-1] if flips[2] else v
-            v = v.swapaxes(1, 2) if flips[3] else v
-            out.append(np.ascontiguousarray(v))
+            v = np.flip(v, tuple(np.flatnonzero(flips[:3])))
+            out.append(np.ascontiguousarray(v.swapaxes(1, 2) if flips[3] else v))
         return tuple(out)
 
     def batch(self, first, count, device="cpu"):
@@ -482,32 +475,30 @@ def read_latents_about(path):
 
 
 @torch.no_grad()
-def prepare_latents(path, folder, model, vae, count, seed=0, device="cpu", save_every=0):
+def prepare_latents(path, folder, model, vae, count, device="cpu", save_every=0):
     """Degrade and encode `count` clips of a folder of media into a file for LatentBank; goes on where it stopped."""
     clip = clip_row(model)
-    clips = Clips(folder, clip["frames"], clip["size"], clip["strength"], seed)
+    clips = Clips(folder, clip["frames"], clip["size"], clip["strength"])
     about = {"model": model, "shape": latent_shape(model), "count": count, "done": 0,
              "vae": vae.state_dict(), "vae_id": fingerprint(vae), "source": json.dumps(clips.stamp())}
     size = 2 * count * math.prod(about["shape"])
+    whole = Path(path).is_file() and Path(path).stat().st_size == size
     if Path(f"{path}.pt").exists():
         before = read_latents_about(path)
         if any(before[k] != about[k] for k in ("model", "shape", "count", "vae_id", "source")):
             raise SystemExit(f"{path}: made with other settings, media, code or video code; name another file")
-        if Path(path).exists() and Path(path).stat().st_size == size:      # if not, its rows are lost: start again
-            about = before
+        about = before if whole else about                  # if not, its rows are lost: start again
     elif Path(path).exists():
         raise SystemExit(f"{path} exists and is no file of latents: name another")
 
-    def note():
-        common.put_state(f"{path}.pt", about)
     common.make_folder(Path(path).parent)
-    note()
-    if not Path(path).exists() or Path(path).stat().st_size != size:
+    common.put_state(f"{path}.pt", about)
+    if not whole:
         reserve(path, size)
     rows = np.memmap(path, np.float16, "r+", shape=(count, *about["shape"]))
 
     def make(i):
-        rng = np.random.default_rng([seed, i])
+        rng = np.random.default_rng([0, i])
         return *cut(rng, clips.clip(0, i), clip["crop"]), SOFT[0] + SOFT[1] * rng.random()
 
     save_every = save_every or max(16, count // 100)        # the note has the video code in it: half a GB
@@ -525,7 +516,7 @@ def prepare_latents(path, folder, model, vae, count, seed=0, device="cpu", save_
                 if (i + 1) % save_every == 0 or i + 1 == count:
                     rows.flush()
                     about["done"] = i + 1
-                    note()
+                    common.put_state(f"{path}.pt", about)
         finally:
             for job in jobs:
                 job.cancel()

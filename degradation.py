@@ -85,9 +85,10 @@ def gaussian_kernels(size, sigma_x, sigma_y, angle, beta, plateau=False):
     """(generalised) Gaussian exp(-q^beta / 2) or plateau 1 / (1 + q^beta), q = x^T Sigma^-1 x; (n, size, size)."""
     r = np.arange(size) - size // 2
     x, y = np.meshgrid(r, r)
-    c, s, col = np.cos(angle), np.sin(angle), (slice(None), None, None)
-    u, v = c[col] * x + s[col] * y, -s[col] * x + c[col] * y
-    q = ((u / sigma_x[col]) ** 2 + (v / sigma_y[col]) ** 2) ** beta[col]
+    sigma_x, sigma_y, angle, beta = (p[:, None, None] for p in (sigma_x, sigma_y, angle, beta))
+    c, s = np.cos(angle), np.sin(angle)
+    u, v = c * x + s * y, -s * x + c * y
+    q = ((u / sigma_x) ** 2 + (v / sigma_y) ** 2) ** beta
     kernel = 1 / (1 + q) if plateau else np.exp(-0.5 * q)
     return kernel / kernel.sum((1, 2), keepdims=True)
 
@@ -142,12 +143,12 @@ def area_matrix(n_in, n_out):
 
 def resize(x, size, mode):
     """(n, 3, H, W) -> (n, 3, *size); bilinear, bicubic (no antialias) and area as OpenCV defines them."""
-    if tuple(x.shape[-2:]) == tuple(size):
+    if x.shape[-2:] == size:
         return x
     if mode == "area" and size[0] <= x.shape[-2] and size[1] <= x.shape[-1]:
         return area_matrix(x.shape[-2], size[0]) @ x @ area_matrix(x.shape[-1], size[1]).T
     mode = "bilinear" if mode == "area" else mode                # so does OpenCV when it enlarges
-    return F.interpolate(x, size=tuple(size), mode=mode, align_corners=False)
+    return F.interpolate(x, size=size, mode=mode, align_corners=False)
 
 
 def random_resize(rng, x, prob, bounds, step):
@@ -175,7 +176,7 @@ def poisson_noise(rng, x, scale, gray):
         if gray:
             clean = (frame * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(0, keepdim=True)
         clean = (clean * 255).round().clamp(0, 255).byte().numpy()
-        levels = 2.0 ** math.ceil(math.log2(np.count_nonzero(np.bincount(clean.ravel(), minlength=256))))
+        levels = 2.0 ** math.ceil(math.log2(np.count_nonzero(np.bincount(clean.ravel()))))
         clean = clean / np.float32(255)
         shot = rng.poisson(clean * levels) / levels - clean
         noisy.append(frame + torch.from_numpy((s * shot).astype(np.float32)))

@@ -81,7 +81,6 @@ ROWS = {                            # in the order of the table
     "stage3":   "stage I + II + III",
     "HR":       "ground truth",
 }
-PRED_ROWS = {"bicubic": "bicubic", "pred": "output", "HR": "ground truth"}
 EXTRA = {                           # with --extra, of pyiqa and of DOVER: heading, direction, digits, as below
     "musiq":          ("MUSIQ", "up", 2),
     "clipiqa":        ("CLIP-IQA", "up", 3),
@@ -123,7 +122,7 @@ def sources(cfg):
     teacher = next((p for p in (stage[0], cfg.teacher) if os.path.isfile(p)), None)
     rows, w = {}, cfg.cfg_w
     if w < 0:
-        w = M.read_checkpoint(stage[1])["config"]["cfg_w"] if os.path.isfile(stage[1]) else 0.5
+        w = M.read_checkpoint(stage[1])["config"].get("cfg_w", 0.5) if os.path.isfile(stage[1]) else 0.5
     for row, steps in (("teacher50", cfg.teacher_steps), ("teacher1", 1)):
         rows[row] = (dict(path=teacher, part="ema", steps=steps, w=w) if teacher else
                      f"no {stage[0]}: run {M.STAGES[0]}" + f"; and no {cfg.teacher}" * bool(cfg.teacher))
@@ -267,7 +266,7 @@ def score(row, source, output, clip, cfg, extra):
     values |= {"flicker": metrics.flicker(frames), "grid": metrics.grid(frames),
                "lattice": metrics.lattice(frames),
                "seam": metrics.seam(frames, cfg.seam), "chunk": metrics.chunk_jump(frames, cfg.chunk)}
-    if lr is not None and frames.shape[1] % lr.shape[1] == 0 == frames.shape[2] % lr.shape[2]:
+    if lr is not None:
         values["lr_consistency"] = metrics.lr_consistency(frames, lr)
     values |= {name: measure(frames, hr) for name, measure in extra.items()}
     return values | {k: float(np.mean(v)) if v else nan for k, v in curves.items()}, curves
@@ -312,13 +311,6 @@ def plain(x):
     return x
 
 
-def version(package):
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
 def make_stamp(cfg, clips, rows, device):
     """What someone needs to make the same numbers, or to see why theirs differ."""
     ffmpeg = subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-version"], capture_output=True, text=True)
@@ -340,7 +332,8 @@ def make_stamp(cfg, clips, rows, device):
         "mean": "over frames, then over seeds, then over clips; intervals: 95 %, bootstrap over clips",
         "config": asdict(cfg),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
-                     "ffmpeg": ffmpeg.stdout.split()[2], "pyiqa": version("pyiqa")},
+                     "ffmpeg": ffmpeg.stdout.split()[2],
+                     "pyiqa": next((x.version for x in metadata.distributions(name="pyiqa")), None)},
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "commit": common.commit(),
         "command": " ".join(sys.argv),
@@ -468,7 +461,7 @@ def make(cfg, device):
                                  for c in clips]]} | made
         if cfg.gt:
             made["HR"] = [[(c["hr"], math.nan) for c in clips]]
-        return clips, made, {}, {row: PRED_ROWS[row] for row in made}, warnings
+        return clips, made, {}, {row: (ROWS | {"pred": "output"})[row] for row in made}, warnings
     rows, warnings = sources(cfg), []
     for source in rows.values():
         if isinstance(source, dict):
@@ -479,10 +472,10 @@ def make(cfg, device):
             warnings.append(f"{path}: unfinished, step {state['step']} of {state['total']}")
     for n in (2, 3):
         before, path = (f"{cfg.out}/stage{k}/last.pt" for k in (n - 1, n))
-        there = os.path.isfile(before) and os.path.isfile(path)
-        if there and common.contents(before) not in M.read_checkpoint(path)["source"]:
+        made_from = M.read_checkpoint(path).get("source") if os.path.isfile(path) else None     # an export names none
+        if made_from is not None and os.path.isfile(before) and common.contents(before) not in made_from:
             warnings.append(f"{path}: made from another {before} than the one that is there")
-    if isinstance(rows["stage3"], dict) and rows["stage3"]["path"] == cfg.student:
+    if isinstance(rows["stage3"], dict) and rows["stage3"]["path"] != f"{cfg.out}/stage3/last.pt":
         warnings.append(f"{cfg.out} holds no stage: the row {ROWS['stage3']} is of {cfg.student}")
     clips = read_clips(cfg)
     folder = Path(cfg.out, "report", "clips")
@@ -542,14 +535,14 @@ def main(cfg):
         about["shift"] = {row: values["shift"] for row, values in result["per_clip"][clip["name"]].items()}
     result = plain(result | {"stamp": stamp})
     common.put(out / "metrics.json", json.dumps(result, indent=2, allow_nan=False))
-    print(*(f"warning: {w}" for w in warnings), sep="\n", end="\n" if warnings else "")
+    print("".join(f"warning: {w}\n" for w in warnings), end="")
     print(table(result["rows"], titles))
 
     # 3) pictures
     shown = [({"LR": clip["lr"]} if clip["lr"] is not None else {}) | {row: made[row][0][i][0] for row in made}
              for i, clip in enumerate(clips)]
     names = [clip["name"] for clip in clips]
-    report.write_panel(out / "panel.png", names, shown, titles)
+    report.write_panel(out / "panel.png", shown, titles)
     report.write_html(out / "report.html", names, shown, titles, COLUMNS, result)
     print(f"{out}/report.html  {out}/panel.png  {out}/metrics.json")
 

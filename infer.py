@@ -15,7 +15,6 @@ run has finished stays in a hidden folder beside it, for --resume.
 """
 import itertools
 import math
-import os
 import re
 import sys
 import zlib
@@ -36,7 +35,7 @@ import data
 import media
 import model as M
 
-STUDENT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "weights", "tiny_student.pt")
+STUDENT = str(Path(__file__).parent / "weights" / "tiny_student.pt")
 FPS = Fraction(24)          # of pictures that are the frames of a clip
 
 # ----------------------------------------------------------------------------
@@ -105,7 +104,7 @@ def upscale(velocity, vae, window, device, lr, steps=1, w=0.0, seed=0, start=0, 
     noise. color: a name in COLORS. scale: at most 4.
     """
     count, h, width = lr.shape[:3]
-    video = data.to_tensor(lr)[None].to(device)                         # (1, 3, F, h, w)
+    video = data.to_tensor(lr, device)[None]                            # (1, 3, F, h, w)
     frames = max(4 * (window - 1) + 1, -(-(count - 1) // 4) * 4 + 1)    # 4 n + 1, at least one window
     video = torch.cat([video, video[:, :, -1:].expand(-1, -1, frames - count, -1, -1)], dim=2)
     side = 2 * vae.stride // 4                                          # of a token, 2 x 2 latents, in input pixels
@@ -116,8 +115,7 @@ def upscale(velocity, vae, window, device, lr, steps=1, w=0.0, seed=0, start=0, 
         z = M.sample(velocity, noise(z_lr.shape, start, seed).to(device), z_lr, steps, shift, w)
     out = vae.draw_onto(up, z_lr, z)
     for k in range(count):                                              # frame by frame: it takes less memory
-        frame = (..., slice(k, k + 1), slice(None), slice(None))
-        out[frame] = COLORS[color](out[frame], up[frame])
+        out[:, :, k:k + 1] = COLORS[color](out[:, :, k:k + 1], up[:, :, k:k + 1])
     out = out[0, :, :count, :4 * h, :4 * width]
     if scale != 4:
         out = F.interpolate(out.transpose(0, 1), size=(scale * h, scale * width), mode="bicubic", antialias=True)
@@ -183,8 +181,8 @@ def chunks(count, cuts, size, overlap):
 
     Chunks of a shot begin 4 k frames after it, so that their latent frames cover the same video frames.
     """
-    parts, ends = [], [*cuts, count]
-    for a, b in zip([0, *cuts], ends, strict=True):
+    parts = []
+    for a, b in itertools.pairwise([0, *cuts, count]):
         step, start, blend = size - 1 - overlap, a, 0
         while start + size < b:
             parts.append((start, start + size, step, blend))
@@ -223,7 +221,7 @@ def upscale_film(film, unfinished, parts, upscaler, progress):
 
 
 def jobs(source, target, resume=False):
-    """[(input: file or list of frames, output)] for INPUT and OUTPUT; ValueError if they do not fit."""
+    """[(files of one input, output)] for INPUT and OUTPUT; ValueError if they do not fit."""
     source, target = Path(source), Path(target)
     if not source.exists():
         raise ValueError(f"{source}: no such file or folder")
@@ -243,7 +241,7 @@ def jobs(source, target, resume=False):
             target /= f"{source.stem}.png"
             if target.exists():                         # the user has not named this file
                 raise ValueError(f"{target}: exists; name another folder")
-        return [(source, target)]
+        return [([source], target)]
     files = media.files_in(source, media.VIDEOS | media.IMAGES)
     if not files:
         raise ValueError(f"{source}: no videos or pictures in this folder")
@@ -251,15 +249,14 @@ def jobs(source, target, resume=False):
         more = f" and {len(others) - 5} more" * (len(others) > 5)
         print(f"{source}: skipped, as no video or picture: {', '.join(others[:5])}{more}", file=sys.stderr)
     if media.numbered(files):
-        one = target.suffix.lower() == ".png"
-        if one and len(files) > 1:
+        if target.suffix.lower() == ".png" and len(files) > 1:
             raise ValueError(f"{target}: one picture for {len(files)} frames; name a folder, .mp4 or .mkv")
         numbers = [[int(x) for x in re.findall(r"\d+", path.stem)] for path in files]
         steps = [[y - x for x, y in zip(a, b, strict=True) if x != y] for a, b in itertools.pairwise(numbers)]
         if gaps := [path.name for path, step in zip(files[1:], steps, strict=True) if len(step) == 1 and step[0] > 1]:
             print(f"{source}: numbers are missing before {gaps[0]}; the pictures are taken as successive frames",
                   file=sys.stderr)
-        return [(files[0] if one else files, target)]
+        return [(files, target)]
     if target.suffix:
         raise ValueError(f"{target}: {source} holds {len(files)} separate files; name a folder")
     outputs = [target / (p.stem + (".mp4" if p.suffix.lower() in media.VIDEOS else ".png")) for p in files]
@@ -269,25 +266,22 @@ def jobs(source, target, resume=False):
             raise ValueError(f"{files[i]}: its output {path} is also that of {first}; rename one")
         if path.exists() and not resume:
             raise ValueError(f"{path}: exists; name another folder, or add --resume to do only what is missing")
-    return list(zip(files, outputs, strict=True))
+    return [([path], output) for path, output in zip(files, outputs, strict=True)]
 
 
-def run(source, target, upscaler, args, stamp):
-    """One job, from file to file."""
+def run(files, target, upscaler, args, stamp):
+    """One job: a video, a picture, or the pictures of a clip."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"{target}: not writable ({error.strerror}); name another output") from None
-    if not isinstance(source, list) and source.suffix.lower() in media.IMAGES:
-        picture = media.read_image(source)
-        if target.suffix.lower() == ".png":
-            media.write_image(target, data.to_uint8(upscaler(picture[None]))[0])
-            return f"{target}: {args.scale * picture.shape[1]}x{args.scale * picture.shape[0]}"
-        source = [source]
-    film = open_pictures(source) if isinstance(source, list) else open_video(source)
+    if target.suffix.lower() == ".png":
+        picture = media.read_image(files[0])
+        media.write_image(target, data.to_uint8(upscaler(picture[None]))[0])
+        return f"{target}: {args.scale * picture.shape[1]}x{args.scale * picture.shape[0]}"
+    film = open_pictures(files) if files[0].suffix.lower() in media.IMAGES else open_video(files[0])
     if target.is_dir() and any(target.iterdir()):
         raise ValueError(f"{target}: a folder that is not empty; name another")
-    files = source if isinstance(source, list) else [source]
     stamp = repr([[(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in files], *stamp])
     parts = chunks(film.count, film.cuts, args.chunk, args.overlap)
     with media.Unfinished(target, stamp, args.resume) as unfinished:
@@ -341,11 +335,11 @@ def main(argv=None):
                            color=args.color, scale=args.scale)
         stamp = [common.contents(args.ckpt), *(getattr(args, k) for k in (
             "part", "scale", "steps", "w", "seed", "tile", "chunk", "overlap", "color")), device.type]
-        for source, target in todo:
+        for files, target in todo:
             if args.resume and target != Path(args.output) and target.exists():
                 continue
             try:
-                print(run(source, target, upscaler, args, stamp))
+                print(run(files, target, upscaler, args, stamp))
             except ValueError as error:
                 if len(todo) == 1:
                     raise

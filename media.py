@@ -15,7 +15,7 @@ import tempfile
 import uuid
 from contextlib import contextmanager
 from fractions import Fraction
-from functools import lru_cache
+from functools import lru_cache, wraps
 from io import BytesIO
 from itertools import chain
 from pathlib import Path
@@ -65,12 +65,12 @@ def once_per_file(function):
     def cached(path, size, mtime):
         return function(path)
 
+    @wraps(function)
     def wrapped(path):
         path = Path(path)
         if not path.is_file():
             raise ValueError(f"{path}: no such file")
         return dict(cached(path, path.stat().st_size, path.stat().st_mtime_ns))
-    wrapped.__doc__ = function.__doc__
     return wrapped
 
 
@@ -225,7 +225,8 @@ def files_in(folder, suffixes):
     """The files of a folder that end so, hidden ones left out, sorted with numbers in their order (2 before 10)."""
     def natural(path):
         return [int(x) if x.isdecimal() else x for x in re.split(r"(\d+)", path.name)]
-    return sorted((p for p in Path(folder).iterdir() if p.suffix.lower() in suffixes and p.name[0] != "."), key=natural)
+    return sorted((p for p in Path(folder).iterdir()
+                   if p.suffix.lower() in suffixes and p.name[0] != "." and p.is_file()), key=natural)
 
 
 # ----------------------------------------------------------------------------

@@ -81,7 +81,7 @@ def ssim(a, b):
     """
     same_size(a, b)
     if min(a.shape[1:3]) < 11:
-        return float("nan")
+        return math.nan
     window = torch.exp(-(torch.arange(11.0, dtype=torch.float64) - 5)**2 / (2 * 1.5**2))
     window = window / window.sum()
 
@@ -108,7 +108,7 @@ def vmaf(a, b):
     """
     same_size(a, b)
     if min(a.shape[1:3]) < 24:
-        return {"vmaf": float("nan"), "vmaf_neg": float("nan")}
+        return {"vmaf": math.nan, "vmaf_neg": math.nan}
     models = r"version=vmaf_v0.6.1\:name=vmaf|version=vmaf_v0.6.1neg\:name=vmaf_neg"
     to_yuv = "scale=out_color_matrix=bt709:out_range=tv:flags=accurate_rnd,format=yuv444p"
     graph = (f"[0]{to_yuv}[a];[1]{to_yuv}[b];"
@@ -136,7 +136,7 @@ def temporal(a, b):
     """
     same_size(a, b)
     if len(a) < 2:
-        return float("nan")
+        return math.nan
     return float(np.abs(np.diff(luma(a) - luma(b), axis=0)).mean())
 
 
@@ -156,7 +156,7 @@ def shift(a, b):
 
     cross = spectrum(a, b)
     if np.abs(cross).max() < 1e-3 * cross.size:
-        return float("nan"), float("nan")                       # nothing to hold on to
+        return math.nan, math.nan                               # nothing to hold on to
     peak = np.fft.ifft2(cross / (np.abs(cross) + 1e-6 * np.abs(cross).max())).real
     whole = np.array(np.unravel_index(peak.argmax(), peak.shape))
     whole = np.where(whole > np.array(peak.shape) / 2, whole - peak.shape, whole)
@@ -173,11 +173,13 @@ def shift(a, b):
 
 
 def unshift(a, b, by):
-    """(a moved back by (dy, dx), b), both without the border that this makes up."""
-    u, v = (np.fft.fftfreq(n)[shape] for n, shape in zip(a.shape[1:3], ((slice(None), None), (None,)), strict=True))
+    """(a moved back by (dy, dx), b), both without the border that this makes up; as they are if that left no half."""
+    y, x = (int(np.ceil(abs(s))) + 4 for s in by)
+    if 4 * y > a.shape[1] or 4 * x > a.shape[2]:
+        return a, b
+    u, v = np.fft.fftfreq(a.shape[1])[:, None], np.fft.fftfreq(a.shape[2])
     phase = np.exp(2j * np.pi * (u * by[0] + v * by[1]))[None, :, :, None]
     moved = np.fft.ifft2(np.fft.fft2(a.astype(np.float32), axes=(1, 2)) * phase, axes=(1, 2)).real
-    y, x = (int(np.ceil(abs(s))) + 4 for s in by)
     return np.round(moved).clip(0, 255).astype(np.uint8)[:, y:-y, x:-x], b[:, y:-y, x:-x]
 
 
@@ -203,7 +205,7 @@ def flicker(frames, reach=3, block=8):
     non-integer motion leave a rest, so compare only outputs for the same input.
     """
     if len(frames) < 3:
-        return float("nan")
+        return math.nan
     y = torch.from_numpy(luma(frames))
     H, W = (side // block * block for side in y.shape[1:])
     wide, least = F.pad(y[:, None], (reach,) * 4, mode="replicate")[:, 0], []
@@ -232,7 +234,7 @@ def grid(frames, period=(4, 8)):
             border = np.arange(1, len(jump) + 1) % p == 0       # jump[i] lies between pixels i and i + 1
             if border.any() and not border.all():
                 ratios.append((jump[border].mean() + 1e-3) / (jump[~border].mean() + 1e-3))   # flat clip: 1
-    return float(max(ratios, default=float("nan")))
+    return float(max(ratios, default=math.nan))
 
 
 def lattice(frames, period=8):
@@ -261,7 +263,7 @@ def seam(frames, period):
         at = np.arange(period - 1, len(jump) - 8, period)           # jump[i] lies between pixels i and i + 1
         if len(at):
             ratios.append((jump[at].mean() + 1e-3) / ((jump[at - 8].mean() + jump[at + 8].mean()) / 2 + 1e-3))
-    return float(max(ratios, default=float("nan")))
+    return float(max(ratios, default=math.nan))
 
 
 def chunk_jump(frames, step):
@@ -272,7 +274,7 @@ def chunk_jump(frames, step):
     change = np.abs(np.diff(luma(frames), axis=0)).mean((1, 2), dtype=np.float64)
     at = np.arange(1, len(frames)) % step == 0
     if not at.any() or at.all():
-        return float("nan")
+        return math.nan
     return float((change[at].mean() + 1e-3) / (change[~at].mean() + 1e-3))
 
 
@@ -354,7 +356,7 @@ def niqe_distance(features):
     mu, cov, _ = niqe_params()
     whole = features[~np.isnan(features).any(axis=1)]
     if len(whole) < 2:
-        return float("nan")
+        return math.nan
     d = mu - np.nanmean(features, axis=0)
     return float(np.sqrt(d @ np.linalg.pinv((cov + np.cov(whole, rowvar=False)) / 2) @ d))
 
@@ -381,7 +383,7 @@ def bootstrap_mean(values, seed=0):
     values = np.asarray(values, dtype=np.float64)
     values = values[~np.isnan(values)]
     if len(values) == 0:
-        return float("nan"), float("nan"), float("nan")
+        return math.nan, math.nan, math.nan
     picks = np.random.default_rng(seed).integers(len(values), size=(10_000, len(values)))
     lo, hi = np.percentile(values[picks].mean(axis=1), (2.5, 97.5))
     return float(values.mean()), float(lo), float(hi)

@@ -139,13 +139,10 @@ def rope_table(T, H, W, K, base, device):
     """(T*H*W, K/2) unit complex numbers. K is cut into time, height, width parts, each with a full spectrum of its own
     (K - 4 (K // 6) for time and 2 (K // 6) for height and width: 44 + 42 + 42 at K = 128), base^(-2i/k) radians a
     token; positions are integers."""
-    parts = []
-    for n, k in ((T, K - 4 * (K // 6)), (H, 2 * (K // 6)), (W, 2 * (K // 6))):
-        theta = base ** (-torch.arange(0, k, 2, dtype=torch.float64) / k)
-        parts.append(torch.outer(torch.arange(n, dtype=torch.float64), theta))
-    t, y, x = (a.shape[1] for a in parts)
-    angle = torch.cat([parts[0][:, None, None].expand(T, H, W, t), parts[1][None, :, None].expand(T, H, W, y),
-                       parts[2][None, None].expand(T, H, W, x)], dim=-1).reshape(T * H * W, -1)
+    places = torch.cartesian_prod(*(torch.arange(n, dtype=torch.float64) for n in (T, H, W)))       # (T*H*W, 3)
+    sizes = K - 4 * (K // 6), 2 * (K // 6), 2 * (K // 6)
+    angle = torch.cat([torch.outer(place, base ** (-torch.arange(0, k, 2, dtype=torch.float64) / k))
+                       for place, k in zip(places.T, sizes, strict=True)], dim=1)
     return torch.polar(torch.ones_like(angle), angle).to(torch.complex64).to(device)
 
 
@@ -331,11 +328,9 @@ def merged(net):
     return state
 
 
-def tap_blocks(layers, fractions=(0.45, 0.72, 1.0)):
-    """Block indices at these fractions of the depth: 2, 3, 5 of 6; 13, 21, 29 of 30 (those of Self-Forcing)."""
-    if not fractions or not all(0 < f <= 1 for f in fractions):
-        raise ValueError(f"taps at {fractions} of the depth: at least one, above 0, at most 1")
-    return tuple(sorted({max(0, int(f * layers + 0.5) - 1) for f in fractions}))
+def tap_blocks(layers):
+    """Block indices at 0.45, 0.72 and all of the depth: 2, 3, 5 of 6; 13, 21, 29 of 30 (those of Self-Forcing)."""
+    return tuple(sorted({max(0, int(f * layers + 0.5) - 1) for f in (0.45, 0.72, 1.0)}))
 
 
 class RFSHead(nn.Module):

@@ -65,11 +65,11 @@ def busiest(frames, size):
     return int(y) * 4, int(x) * 4
 
 
-def write_panel(path, names, shown, titles, size=160, zoom=2):
+def write_panel(path, shown, titles, size=160, zoom=2):
     """One line per clip, one column per row of the table: the busiest crop of the middle frame, pixels enlarged."""
     columns = {"LR": "low resolution"} | titles                         # a row without output stays an empty column
     font, side, head = ImageFont.load_default(20), size * zoom, 40
-    panel = Image.new("RGB", (len(columns) * (side + 6) - 6, head + len(names) * (side + 6) - 6), "white")
+    panel = Image.new("RGB", (len(columns) * (side + 6) - 6, head + len(shown) * (side + 6) - 6), "white")
     draw = ImageDraw.Draw(panel)
     for column, (row, title) in enumerate(columns.items()):
         draw.text((column * (side + 6) + side / 2, head / 2), title, "black", font, anchor="mm")
@@ -99,7 +99,7 @@ def embed(frame, kind="JPEG"):
 
 
 def profiles(clip):
-    """x-t profile of each row: the pixel line that changes most in the truth, one line per frame -> {row: address}."""
+    """(y, {row: address}): the pixel line y that changes most in the truth, and its x-t profile, one line a frame."""
     hr = truth(clip)
     y = int(np.abs(np.diff(metrics.luma(hr), axis=0)).sum(axis=(0, 2)).argmax()) if len(hr) > 1 else 0
     return y, {row: embed(v[:, y * v.shape[1] // hr.shape[1]], "PNG") for row, v in clip.items()}
@@ -144,7 +144,7 @@ def html_table(rows, titles, columns):
     arrow = {"up": " \N{UPWARDS ARROW}", "down": " \N{DOWNWARDS ARROW}", "": "",
              "hr": f" \N{RIGHTWARDS ARROW}{'HR' if 'HR' in rows else 1}"}
     best = {k: best_rows(rows, k, *rule) for k, (_, *rule) in columns.items()}
-    head = "".join(f'<th scope="col" title="{html.escape(MEANING.get(k, heading))}">{heading}{arrow[direction]}</th>'
+    head = "".join(f'<th scope="col" title="{html.escape(MEANING[k])}">{heading}{arrow[direction]}</th>'
                    for k, (heading, direction, _) in columns.items())
     lines = [f'<tr><td></td>{head}</tr>']
     for row, values in rows.items():
@@ -163,7 +163,7 @@ def write_html(path, names, shown, titles, columns, result):
     """result: what metrics.json holds. Everything the page needs is in the one file."""
     stamp = result["stamp"]
     columns = {k: v for k, v in columns.items() if any(x[k] is not None for x in result["rows"].values())}
-    meaning = "".join(f"<dt>{columns[k][0]}</dt><dd>{html.escape(MEANING[k])}</dd>" for k in columns if k in MEANING)
+    meaning = "".join(f"<dt>{columns[k][0]}</dt><dd>{html.escape(MEANING[k])}</dd>" for k in columns)
     clips = page_clips(names, shown, PAGE_BYTES - 100_000)
     for clip in clips:
         clip["curves"] = result["per_frame"][clip["name"]]

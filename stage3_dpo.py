@@ -155,7 +155,7 @@ def make_pair(i, student, vae, bank, clip, cfg, scorer, device):
     size = clip["crop"] // vae.stride
     velocity = M.tiled(student, (clip["window"], size, size))
     hr, lr = bank.whole(i % len(bank))
-    up = data.upsample(data.to_tensor(lr)[None].to(device), hr.shape[1:3])
+    up = data.upsample(data.to_tensor(lr, device)[None], hr.shape[1:3])
     z_lr = vae.encode(up)
     eps = torch.randn(cfg.candidates, *z_lr.shape[1:], device=device)
     with common.autocast(device):
@@ -231,8 +231,7 @@ def main(cfg):
     if cfg.lora:
         common.reseed(cfg.seed, "adapters")
         M.LoRA(student, cfg.lora)
-    trained = [p for p in student.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(trained, lr=cfg.lr, weight_decay=0)
+    optimiser = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], lr=cfg.lr, weight_decay=0)
     # all that a pair depends on; the name of the bank is a hash of its clips' settings, files and code
     stamp = repr([common.contents(source), bank.path.name, cfg.candidates, cfg.scorer, common.code(metrics), cfg.seed])
     saved = dict(vae=vae, optimiser=optimiser, source=stamp) | \

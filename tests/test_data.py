@@ -174,7 +174,7 @@ def test_an_empty_or_a_damaged_bank_is_told(folder, tmp_path):
     clips = data.Clips(folder, 5, 48, NULL)
     with pytest.raises(SystemExit, match="clips: at least 1"):
         data.Bank(clips, 0, tmp_path, 32)
-    whole = data.Bank(clips, 1, tmp_path, 32, progress=False).path
+    whole = data.Bank(clips, 1, tmp_path, 32).path
     os.truncate(whole, 100)
     with pytest.raises(SystemExit, match=f"{whole.name}: clips cut short; remove this file"):
         data.Bank(clips, 1, tmp_path, 32)
@@ -195,7 +195,7 @@ def test_clips_that_do_not_fit_on_the_disk_are_one_line(folder, tmp_path, monkey
 
 @pytest.fixture(scope="module")
 def bank(folder, tmp_path_factory):
-    return data.Bank(data.Clips(folder, 5, 48, NULL), 6, tmp_path_factory.mktemp("bank"), 32, progress=False)
+    return data.Bank(data.Clips(folder, 5, 48, NULL), 6, tmp_path_factory.mktemp("bank"), 32)
 
 
 def test_bank_holds_the_clips(folder, bank):
@@ -256,7 +256,7 @@ def test_an_edit_of_the_degradation_makes_other_clips(folder, tmp_path, monkeypa
         monkeypatch.setattr(inspect, "getsource", lambda m, of=inspect.getsource: (tmp_path / "edited.py").read_text()
                             if m is degradation else of(m))
         common.parsed.cache_clear()                         # as a new process would
-        names.append(data.Bank(data.Clips(folder, 5, 32, NULL), 1, tmp_path, 32, progress=False).path)
+        names.append(data.Bank(data.Clips(folder, 5, 32, NULL), 1, tmp_path, 32).path)
     assert names[0] == names[1] != names[2]
 
 
@@ -273,20 +273,18 @@ def test_clips_that_do_not_fit_are_refused(monkeypatch, changes, words):
 
 def test_bank_is_made_once_and_for_these_settings(folder, tmp_path, monkeypatch):
     clips = data.Clips(folder, 5, 32, NULL)
-    first = data.Bank(clips, 2, tmp_path, 32, progress=False)
+    first = data.Bank(clips, 2, tmp_path, 32)
     monkeypatch.setattr(data.Clips, "clip", lambda *a: pytest.fail("made again"))
-    assert data.Bank(clips, 2, tmp_path, 16, progress=False).path == first.path                # the crop is cut later
+    assert data.Bank(clips, 2, tmp_path, 16).path == first.path                # the crop is cut later
     monkeypatch.undo()
-    others = [data.Bank(clips, 3, tmp_path, 32, progress=False),
-              data.Bank(clips, 2, tmp_path, 32, epoch=1, progress=False),
-              data.Bank(data.Clips(folder, 5, 32, NULL, seed=1), 2, tmp_path, 32, progress=False),
-              data.Bank(data.Clips(folder, 5, 32, dataclasses.replace(NULL, sinc_prob=1)), 2, tmp_path, 32,
-                        progress=False)]
-    assert len({b.path for b in [first, *others]}) == 5
+    others = [data.Bank(clips, 3, tmp_path, 32),
+              data.Bank(data.Clips(folder, 5, 32, NULL, seed=1), 2, tmp_path, 32),
+              data.Bank(data.Clips(folder, 5, 32, dataclasses.replace(NULL, sinc_prob=1)), 2, tmp_path, 32)]
+    assert len({b.path for b in [first, *others]}) == 4
     monkeypatch.setattr(data.Clips, "clip", lambda *a: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        data.Bank(clips, 4, tmp_path, 32, progress=False)
-    assert len(list(tmp_path.iterdir())) == 5                # nothing is left of the one that failed
+        data.Bank(clips, 4, tmp_path, 32)
+    assert len(list(tmp_path.iterdir())) == 4                # nothing is left of the one that failed
 
 
 # ---------------------------------------------------------------------------------------------- prepare

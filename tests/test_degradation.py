@@ -180,7 +180,7 @@ def test_lr_does_not_depend_on_the_number_of_threads(tmp_path):
             # these two did depend on it, on an Intel Xeon
             made.append([degradation.degrade(x, np.random.default_rng(seed), name)
                          for name, seed in (("light", 0), ("realbasicvsr", 2))])
-            banks.append(data.Bank(samples, 2, tmp_path / str(threads), 96, progress=False))
+            banks.append(data.Bank(samples, 2, tmp_path / str(threads), 96))
             assert torch.get_num_threads() == threads
         finally:
             torch.set_num_threads(1)

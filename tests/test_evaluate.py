@@ -70,6 +70,11 @@ def test_unfinished_and_older_stages_are_named(run, tmp_path):
     assert second == "out/stage2/last.pt: made from another out/stage1/last.pt than the one that is there"
     torch.save(fake(2) | {"source": common.contents("out/stage1/last.pt")}, "out/stage2/last.pt")
     assert said() == ["out/stage3/last.pt: made from another out/stage2/last.pt than the one that is there"]
+    cfg.student = "out/stage3/last.pt"                                  # the run's own, not one that stands in
+    torch.save({k: v for k, v in fake(2).items() if k != "source"} | {"config": {"model": "tiny"}},     # as exported
+               "out/stage2/last.pt")
+    shutil.copy("out/stage2/last.pt", "out/stage1/last.pt")             # nor has it a cfg_w
+    assert said() == ["out/stage3/last.pt: made from another out/stage2/last.pt than the one that is there"]
 
 
 def test_an_unfinished_teacher_of_two_rows_is_named_once(run, tmp_path):

@@ -275,8 +275,9 @@ def test_what_is_left_out_of_a_folder_is_said(plain, tmp_path, capsys):
         (tmp_path / folder).mkdir()
     media.write_video(tmp_path / "mixed/a.mkv", scene(0, 3), 24)
     (tmp_path / "mixed/list.txt").write_text("a"), (tmp_path / "mixed/.hidden").write_text("b")
+    (tmp_path / "mixed/old.mp4").mkdir()                                            # a folder, whatever its name
     infer.main([str(tmp_path / "mixed"), str(tmp_path / "out")])
-    assert "mixed: skipped, as no video or picture: list.txt\n" in capsys.readouterr().err
+    assert "mixed: skipped, as no video or picture: list.txt, old.mp4\n" in capsys.readouterr().err
     for i in (8, 9, 10, 13):
         Image.fromarray(scene(0, 1)[0]).save(tmp_path / f"frames/shot2_{i}.png")
     infer.main([str(tmp_path / "frames"), str(tmp_path / "film.mkv")])
