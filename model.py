@@ -439,7 +439,8 @@ class PatchVAE(nn.Module):
     what a network adds in one does not continue in the next. So the two pixels on either side of every border between
     patches are first turned into each other (`lap`), and each latent draws a patch of 8 x 8 pixels that fades out: a
     lapped orthogonal transform (Malvar 1990; as a filter before the blocks, Tran, Liang and Tu 2003). The decoder turns
-    a little further than the encoder did, which smooths the borders of what patches do not agree on.
+    a little further than the encoder did, which smooths the borders of what patches do not agree on. In time patches
+    only touch, and it is `draw_onto` that smooths their borders.
     Latents have mean square 1 over all channels; a channel's standard deviation goes as the square root of that of its
     principal component. `fit` must be called, or weights be loaded, before use.
     """
@@ -510,12 +511,18 @@ class PatchVAE(nn.Module):
     def draw_onto(self, video, z, z_0):
         """video, whose latent is z, changed as the latent changes from z to z_0: what has no latent stays in it.
 
-        This is video + decode(z_0) - decode(z): the code is linear.
+        This is video + decode(z_0) - decode(z), as the code is linear; but where one latent's frames end and the next
+        one's begin, each side takes a quarter of the jump, so that half is left (LOG.md, "every fourth frame").
         """
-        out, end = torch.empty_like(video), 0
+        out, end, last = torch.empty_like(video), 0, None
         for change in self.draw(z_0 - z, torch.zeros_like(self.mean)):
             start, end = end, end + change.shape[2]
             torch.add(video[:, :, start:end], change, out=out[:, :, start:end])
+            if start:
+                quarter = (change[:, :, 0] - last) / 4
+                out[:, :, start - 1] += quarter
+                out[:, :, start] -= quarter
+            last = change[:, :, -1]
         return out
 
 

@@ -214,12 +214,16 @@ def test_patch_code_overlaps():
 def test_what_has_no_latent_stays():
     vae = M.PatchVAE()
     vae.fit(smooth_video())
-    fine = torch.rand(1, 3, 5, 16, 16)                          # noise, of which 16 numbers a patch hold little
+    fine = torch.rand(1, 3, 9, 16, 16)                          # noise, of which 16 numbers a patch hold little
     z = vae.encode(fine)
     torch.testing.assert_close(vae.draw_onto(fine, z, z), fine)
     change = torch.randn_like(z)
-    torch.testing.assert_close(vae.draw_onto(fine, z, z + change) - fine, vae.decode(change) - vae.decode(0 * change),
-                               atol=1e-5, rtol=0)
+    drawn, want = vae.draw_onto(fine, z, z + change) - fine, vae.decode(change) - vae.decode(0 * change)
+    for k in range(0, fine.shape[2] - 1, 4):                    # where latents meet half of the jump is left
+        quarter = (want[:, :, k + 1] - want[:, :, k]) / 4
+        want[:, :, k] += quarter
+        want[:, :, k + 1] -= quarter
+    torch.testing.assert_close(drawn, want, atol=1e-5, rtol=0)
 
 
 def test_patches_that_do_not_agree_show_no_grid():
