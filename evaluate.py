@@ -257,9 +257,10 @@ def score(row, source, output, clip, cfg, extra):
         values |= {"psnr_y": metrics.psnr(frames, hr, "y"), **metrics.vmaf(frames, hr)}
         dy, dx = metrics.shift(frames, hr)
         values["shift"] = math.hypot(dy, dx)
-        aligned = metrics.unshift(frames, hr, (dy, dx)) if values["shift"] > 0.1 else None
+        moved = values["shift"] > 0.1
+        aligned = metrics.unshift(frames, hr, (dy, dx)) if moved else None
         for k, measure in (("psnr", metrics.psnr), ("ssim", metrics.ssim)):
-            values[f"{k}_aligned"] = measure(*aligned) if aligned else float(np.mean(curves[k]))
+            values[f"{k}_aligned"] = measure(*aligned) if aligned else nan if moved else float(np.mean(curves[k]))
         values["temporal_ratio"] = float(np.mean(curves["temporal"])) / moves if moves > 0 else nan
     if row != "HR":
         values |= {"seconds": seconds, "calls": source["steps"] * (2 if source["w"] else 1) if source else nan}
@@ -403,7 +404,7 @@ def differences(pred, hr):
     """What is wrong with an output as a whole, in words: another clip, another range, moved."""
     dy, dx = metrics.shift(pred, hr)
     moved = math.hypot(dy, dx) > 0.25
-    gain, offset = metrics.levels(*metrics.unshift(pred, hr, (dy, dx)) if moved else (pred, hr))
+    gain, offset = metrics.levels(*(metrics.unshift(pred, hr, (dy, dx)) if moved else None) or (pred, hr))
     if not 0.5 < gain < 2 and hr.std() > 1:
         return [f"its brightness goes with {gain:.2f} x that of its truth: is it the same clip?"]
     squeezed = hr.std() > 1 and not 0.93 < gain < 1.08 and (gain < 1) == (offset > 0)

@@ -173,10 +173,10 @@ def shift(a, b):
 
 
 def unshift(a, b, by):
-    """(a moved back by (dy, dx), b), both without the border that this makes up; as they are if that left no half."""
+    """(a moved back by (dy, dx), b), both without the border that this makes up; None if that is all of them."""
     y, x = (int(np.ceil(abs(s))) + 4 for s in by)
-    if 4 * y > a.shape[1] or 4 * x > a.shape[2]:
-        return a, b
+    if 2 * y >= a.shape[1] or 2 * x >= a.shape[2]:
+        return None
     u, v = np.fft.fftfreq(a.shape[1])[:, None], np.fft.fftfreq(a.shape[2])
     phase = np.exp(2j * np.pi * (u * by[0] + v * by[1]))[None, :, :, None]
     moved = np.fft.ifft2(np.fft.fft2(a.astype(np.float32), axes=(1, 2)) * phase, axes=(1, 2)).real

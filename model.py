@@ -512,7 +512,7 @@ class PatchVAE(nn.Module):
         """video, whose latent is z, changed as the latent changes from z to z_0: what has no latent stays in it.
 
         This is video + decode(z_0) - decode(z), as the code is linear; but where one latent's frames end and the next
-        one's begin, each side takes a quarter of the jump, so that half is left (LOG.md, "every fourth frame").
+        one's begin, each side takes a quarter of the jump and half of it is left (LOG.md, "every fourth frame").
         """
         out, end, last = torch.empty_like(video), 0, None
         for change in self.draw(z_0 - z, torch.zeros_like(self.mean)):
@@ -610,7 +610,7 @@ def read_checkpoint(path):
         state["config"]["model"], state["stage"], state["vae"], state["total"]
     except Exception as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else "torch.load cannot read it: cut short?"
-        raise SystemExit(f"{path}: not a checkpoint of this project ({reason}); name another file") from None
+        raise SystemExit(f"{path}: not a checkpoint of this project ({reason}); remove it, or name another") from None
     return state
 
 

@@ -156,7 +156,7 @@ def main(cfg):
         n = cfg.pd_grid[phase + 1] if phase >= 0 else 0                 # steps of this phase's student
         if phase < 0:
             lr = cfg.cfg_lr * (1 - step / cfg.cfg_steps)
-        else:                                                           # many steps: two of them hardly differ from one
+        else:               # the more steps, the less there is to learn, and the less Adam's noise may move the student
             lr = cfg.pd_lr / n ** 0.5 * (1 - k / cfg.steps_per_phase)
         for group in optimiser.param_groups:
             group["lr"] = lr

@@ -33,8 +33,8 @@ logits are per patch; all else that is marked [ours] or with its source.
 Only for comparison (ablate.py): regression in place of the streams, and a student that has not been through stage I.
 
 Names: z_0 is the student's output here, z_hr the latent of HR (z_0 in stages 0 and I); eps_in the noise the student
-starts from, eps the one that is added to z_0 at time t; in pairs of logits and features hr is of HR, s of the student;
-head is the discriminator, net.head the last layer of a DiT.
+starts from, eps the one that is added to z_0 at time t. Logits and features: _hr are HR's, _s the student's. head is
+the discriminator, net.head the last layer of a DiT.
 """
 import math
 import statistics

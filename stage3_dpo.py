@@ -261,7 +261,8 @@ def main(cfg):
     # alpha bounds how far the output moves, in units of (w - l): at t = 1 DPO pulls by sigmoid(-inside) beta (w - l),
     # the anchor back by 2 lam (x - x_ref), and they balance at alpha (w - l) or before. With own_noise the errors at
     # t = 1, and the gradient, start at 0, a saddle: e_l has the weight -beta / 4 from DPO and beta / (8 alpha) from the
-    # anchor, so it grows unless alpha < 1/2. At t < 1 it is the same, until sigmoid(-inside) has shrunk
+    # anchor, so it grows unless alpha < 1/2. At t < 1 shared noise gives two inputs as well: there, with alpha > 1/2,
+    # the anchor only slows the growth of e_l, until sigmoid(-inside) has shrunk
     beta = cfg.dpo_beta or choose_beta(distance, cfg.alpha)
     lam = cfg.anchor * beta / (4 * cfg.alpha)
 

@@ -52,8 +52,8 @@ def test_velocity_and_x0_differ_in_sign():
 
 @pytest.mark.parametrize("w, expected", [(0, 1.0), (1, 1.6), (2, 2.2)])
 def test_guidance(w, expected):
-    v_c, v_null = torch.tensor(1.0), torch.tensor(0.4)
-    assert M.guide(v_c, v_null, w).item() == pytest.approx(expected)
+    v_c, v_neg = torch.tensor(1.0), torch.tensor(0.4)
+    assert M.guide(v_c, v_neg, w).item() == pytest.approx(expected)
     assert M.guide(v_c, v_c, w).item() == 1.0
 
 

@@ -31,12 +31,13 @@ def test_equation_table_names_functions_and_tests():
         assert called, (function, test)
 
 
-def test_readme_names_files_that_exist():
-    text = read("README.md")
+@pytest.mark.parametrize("page", ["README.md", "docs/wan.md", "docs/ablations.md"])
+def test_readme_names_files_that_exist(page):
+    text, folder = read(page), os.path.dirname(page)
     names = set(re.findall(r"(?:python3?|torchrun\b.*?) (\w+\.py)", text))
-    names |= set(re.findall(r"\]\(((?!http)[\w./]+)\)", text))
-    assert len(names) >= 6
-    for name in names | {"samples/lr/apple.mp4", "weights/niqe_pris_params.npz", "samples/media.json"}:
+    links = {os.path.join(folder, link) for link in re.findall(r"\]\(((?!http)[\w./]+)(?:#[\w-]+)?\)", text)}
+    assert names and (links or page == "docs/wan.md")
+    for name in names | links | {"samples/lr/apple.mp4", "weights/niqe_pris_params.npz", "samples/media.json"}:
         assert os.path.exists(os.path.join(ROOT, name)), name
 
 

@@ -398,13 +398,13 @@ def test_the_teacher_as_real_score_is_guided(chain, tmp_path, monkeypatch):
     monkeypatch.setattr(M, "one_step", lambda net, e, z_lr: (conditions.append(z_lr), one(net, e, z_lr))[1])
     monkeypatch.setattr(M, "add_noise", lambda z, e, t: (noised.append((add(z, e, t).detach(), t)), add(z, e, t))[1])
 
-    def spied(v_c, v_null, w):
+    def spied(v_c, v_neg, w):
         z_t, t = noised[-1]
-        for v, which in ((v_c, M.POSITIVE), (v_null, M.AGAINST)):
+        for v, which in ((v_c, M.POSITIVE), (v_neg, M.AGAINST)):
             torch.testing.assert_close(v, teacher(z_t, t, conditions[-1], M.prompt(z_t, which)))
-        assert w == 0.7 and not torch.allclose(v_c, v_null)
+        assert w == 0.7 and not torch.allclose(v_c, v_neg)
         calls.append(1)
-        return guide(v_c, v_null, w)
+        return guide(v_c, v_neg, w)
     monkeypatch.setattr(M, "guide", spied)
     stage2.main(cfg)
     assert calls
