@@ -404,7 +404,8 @@ def differences(pred, hr):
     """What is wrong with an output as a whole, in words: another clip, another range, moved."""
     dy, dx = metrics.shift(pred, hr)
     moved = math.hypot(dy, dx) > 0.25
-    gain, offset = metrics.levels(*(metrics.unshift(pred, hr, (dy, dx)) if moved else None) or (pred, hr))
+    aligned = metrics.unshift(pred, hr, (dy, dx)) if moved else None
+    gain, offset = metrics.levels(*aligned or (pred, hr))
     if not 0.5 < gain < 2 and hr.std() > 1:
         return [f"its brightness goes with {gain:.2f} x that of its truth: is it the same clip?"]
     squeezed = hr.std() > 1 and not 0.93 < gain < 1.08 and (gain < 1) == (offset > 0)
