@@ -7,6 +7,7 @@ import base64
 import html
 import io
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ MEANING = {                     # what a reader of the table needs to know about
     "psnr": "Peak signal-to-noise ratio on RGB, dB. Rewards blur: the average of all plausible pictures wins.",
     "psnr_y": "The same on luma only.",
     "ssim": "Structural similarity on luma, 1 is equal. Kinder to structure than PSNR, still kind to blur.",
-    "niqe": "No reference: distance from the statistics of photographs. Invented texture can beat the ground truth.",
+    "niqe": "No reference: distance from the statistics of photographs. Grain can beat the ground truth.",
     "vmaf": "Netflix's learned score against the ground truth, 0 to 100. Can be raised by over-sharpening.",
     "vmaf_neg": "VMAF without credit for sharpening beyond the ground truth.",
     "temporal": "Error of the change from frame to frame, grey levels. Sees flicker and wrong motion.",
@@ -131,8 +132,10 @@ def page_clips(names, shown, budget):
 
 def best_rows(rows, metric, direction, digits):
     """Rows (the ground truth is no competitor) that share the best value, to the digits that are shown."""
-    goal = rows.get("HR", {}).get(metric) or 1                  # without HR: no jump at borders at all
-    better = {"up": lambda v: -v, "down": lambda v: v, "hr": lambda v: abs(v - goal)}.get(direction)
+    mark = rows.get("HR", {}).get(metric)
+    floor = -math.inf if mark is None else mark                 # less than HR has is no better: NIQE rewards grain
+    goal = mark or 1                                            # without HR: no jump at borders at all
+    better = {"up": lambda v: -v, "down": lambda v: max(v, floor), "hr": lambda v: abs(v - goal)}.get(direction)
     values = {row: round(v[metric], digits) for row, v in rows.items() if row != "HR" and v[metric] is not None}
     if better is None or metric in ("calls", "seconds") or len(values) < 2:
         return set()

@@ -137,3 +137,9 @@ def test_what_is_best_where_hr_has_it_is_marked_there():
     rows = {"a": {"grid": 1.0}, "b": {"grid": 1.05}, "HR": {"grid": 1.06}}
     assert report.best_rows(rows, "grid", "hr", 3) == {"b"}
     assert report.best_rows({k: rows[k] for k in "ab"}, "grid", "hr", 3) == {"a"}
+
+
+def test_a_niqe_below_that_of_hr_is_no_better_than_it():
+    rows = {"blur": {"niqe": 7.7}, "grain": {"niqe": 4.4}, "near": {"niqe": 4.9}, "HR": {"niqe": 4.93}}
+    assert report.best_rows(rows, "niqe", "down", 2) == {"grain", "near"}
+    assert report.best_rows({k: rows[k] for k in ("blur", "grain", "near")}, "niqe", "down", 2) == {"grain"}
