@@ -170,7 +170,7 @@ def write_html(path, names, shown, titles, columns, result):
     clips = page_clips(names, shown, PAGE_BYTES - 100_000)
     for clip in clips:
         clip["curves"] = result["per_frame"][clip["name"]]
-    degraded = f"{stamp['degradation']['strength']} degradation, upscaled 4x. " if "degradation" in stamp else ""
+    degraded = f"Degraded ({stamp['degradation']['strength']}), then upscaled 4x. " if "degradation" in stamp else ""
     warnings = "".join(f'<li>{html.escape(w)}</li>' for w in result["warnings"])
     fill = {
         "ABOUT": f"{len(names)} clips, {max(len(truth(c)) for c in shown)} frames each. {degraded}"
