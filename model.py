@@ -72,7 +72,7 @@ def time_shift(u, s):
     return s * u / (1 + (s - 1) * u)
 
 
-def time_grid(steps, shift=1.0):
+def time_grid(steps, shift):
     """The steps + 1 times of an Euler sampler, from 0 (data) to 1 (noise). Grids of N and 2N steps nest."""
     return time_shift(torch.arange(steps + 1, dtype=torch.float64) / steps, shift).float()
 
@@ -82,7 +82,7 @@ def guide(v_c, v_neg, w):
     return (1 + w) * v_c - w * v_neg
 
 
-def euler(velocity, eps, steps, shift=1.0):
+def euler(velocity, eps, steps, shift):
     """Integrate dz/dt = velocity(z, t) from t = 1 to t = 0 in equal (shifted) steps. eps: (B, ...). Returns z_0."""
     z, grid = eps, time_grid(steps, shift).to(eps.device)
     for i in range(steps, 0, -1):
@@ -96,7 +96,7 @@ def prompt(z, which=POSITIVE):
     return torch.full((len(z),), which, dtype=torch.long, device=z.device)
 
 
-def sample(net, eps, z_lr, steps, shift=1.0, w=0.0):
+def sample(net, eps, z_lr, steps, shift, w=0.0):
     """The multi-step sampler: `steps` Euler steps under the positive prompt, guided where w > 0. Returns z_0."""
     def velocity(z, t):
         v_c = net(z, t, z_lr, prompt(z)).float()                        # guidance subtracts: fp32, never bf16

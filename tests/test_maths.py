@@ -50,11 +50,11 @@ def test_velocity_and_x0_differ_in_sign():
     torch.testing.assert_close(x_fake - x_real, t * (v_real - v_fake))
 
 
-@pytest.mark.parametrize("w, expected", [(0, 1.0), (1, 1.6), (2, 2.2)])
+@pytest.mark.parametrize("w, expected", [(0, 2.0), (1, 3.6), (2, 5.2)])
 def test_guidance(w, expected):
-    v_c, v_neg = torch.tensor(1.0), torch.tensor(0.4)
+    v_c, v_neg = torch.tensor(2.0), torch.tensor(0.4)
     assert M.guide(v_c, v_neg, w).item() == pytest.approx(expected)
-    assert M.guide(v_c, v_c, w).item() == 1.0
+    assert M.guide(v_c, v_c, w).item() == pytest.approx(2.0)
 
 
 def test_guidance_of_gaussians_moves_the_mean():
@@ -82,7 +82,7 @@ def test_euler_gain_on_exact_gaussian(steps, shift, gain):
 def test_one_step_is_one_euler_step():
     net = tiny_net()
     eps, z_lr = torch.randn(2, 2, 16, 1, 4, 4)
-    torch.testing.assert_close(M.one_step(net, eps, z_lr), M.sample(net, eps, z_lr, 1))
+    torch.testing.assert_close(M.one_step(net, eps, z_lr), M.sample(net, eps, z_lr, 1, shift=1.0))
 
 
 def tiny_net(**changes):
@@ -101,7 +101,7 @@ def test_sample_guides_against_the_other_prompt():
         calls.append((text.tolist(), z_lr))
         return torch.full_like(z, 1.0 if text[0] == M.POSITIVE else 0.4)
     eps, z_lr = torch.randn(2, 1, 4, 1, 2, 2)
-    out = M.sample(net, eps, z_lr, steps=4, w=2.0)
+    out = M.sample(net, eps, z_lr, steps=4, shift=1.0, w=2.0)
     torch.testing.assert_close(out, eps - 2.2)
     assert [c[0] for c in calls] == [[M.POSITIVE], [M.AGAINST]] * 4 and all(c[1] is z_lr for c in calls)
 
