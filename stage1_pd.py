@@ -83,7 +83,7 @@ def pd_times(u, n, shift):
     u: (B,) uniform in [0, 1) chooses the step. Only grid points are trained, as in Salimans & Ho.
     """
     fine = M.time_grid(2 * n, shift).to(u.device)
-    i = (u * n).long().clamp_max(n - 1)                                 # step i runs from fine[2i + 2] to fine[2i]
+    i = (u * n).long()                                                  # step i runs from fine[2i + 2] to fine[2i]
     return fine[2 * i + 2], fine[2 * i + 1], fine[2 * i]
 
 
