@@ -16,9 +16,24 @@ def one(x):
 
 
 def inside_of(x, x_ref, win, lose, eps, beta):
-    """The stage's own arithmetic for a student whose clean estimate at t = 1 is x, and a reference's x_ref."""
-    e = [stage3.squared_error(eps - a, eps - b) for b in (win, lose) for a in (x, x_ref)]
-    return stage3.dpo_inside(*e, beta)
+    """What `paired` and `dpo_inside` make of a student whose clean estimate at t = 1 is x, and a reference's x_ref."""
+    (e_w, e_l), (e_w_ref, e_l_ref) = (
+        stage3.paired(lambda z, *_, x=x: z - x, win, lose, eps, eps, torch.ones(1), win)[1] for x in (x, x_ref))
+    return stage3.dpo_inside(e_w, e_w_ref, e_l, e_l_ref, beta)
+
+
+def test_both_of_a_pair_are_measured_against_their_own_velocities():
+    z_w, z_l, eps_w, eps_l, z_lr = torch.randn(5, 2, 4, 1, 2, 2)
+    t, off = torch.tensor([0.3, 0.8]), torch.tensor([1.0, 2, 3, 4]).view(4, 1, 1, 1, 1)
+
+    def net(z_t, times, condition, text):
+        torch.testing.assert_close(z_t, torch.cat([M.add_noise(z_w, eps_w, t), M.add_noise(z_l, eps_l, t)]))
+        assert torch.equal(times, torch.cat([t, t])) and torch.equal(condition, torch.cat([z_lr, z_lr]))
+        assert text.tolist() == [M.POSITIVE] * 4
+        return torch.cat([eps_w - z_w, eps_l - z_l]) + off
+    v, (e_w, e_l) = stage3.paired(net, z_w, z_l, eps_w, eps_l, t, z_lr)
+    torch.testing.assert_close(v - off, torch.cat([eps_w - z_w, eps_l - z_l]))
+    torch.testing.assert_close(torch.cat([e_w, e_l]), torch.tensor([1.0, 4, 9, 16]))
 
 
 def test_dpo_starts_at_ln_2():
