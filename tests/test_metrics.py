@@ -71,6 +71,15 @@ def test_ssim_and_psnr_equal_basicsr():
     assert np.isnan(metrics.ssim(a[:, :8, :8], a[:, :8, :8]))
 
 
+def test_ssim_of_flat_frames_is_its_luminance_term():
+    a = np.zeros((2, 11, 16, 3), np.uint8)
+    b = a.copy()
+    b[1] = 20
+    x, y, c1 = 16, 16 + 20 * 219 / 255, (0.01 * 255) ** 2
+    second = (2 * x * y + c1) / (x * x + y * y + c1)
+    assert metrics.ssim(a, b) == pytest.approx((1 + second) / 2, abs=1e-6)         # the first frames are equal
+
+
 def test_vmaf_order_and_neg(pan):
     blurred = resample(resample(pan, 0.25), 4)
     same, worse = metrics.vmaf(pan, pan), metrics.vmaf(blurred, pan)

@@ -982,6 +982,22 @@ def test_accumulated_passes_train_as_one_large_batch(chain, tmp_path, monkeypatc
         assert (one - two).norm() < 1e-3 * one.norm(), part
 
 
+@pytest.mark.parametrize("stage", [stage0, stage1, stage2])
+def test_every_pass_of_a_stage_sees_clips_of_its_own(chain, tmp_path, monkeypatch, stage):
+    """One batch after the other, in the warm-up as well."""
+    cfg = fork(chain, stage, tmp_path, ["stage0", "stage1"][:list(chain).index(stage)], accumulate=2)
+    firsts, latents = [], data.Bank.latents
+
+    def spied(self, vae, first, count, *rest):
+        firsts.append((first, count))
+        return latents(self, vae, first, count, *rest)
+    monkeypatch.setattr(data.Bank, "latents", spied)
+    stage.main(cfg)
+    firsts = [first for first, count in firsts if count == cfg.batch]              # panels take four
+    steps = {stage0: 4, stage1: 6, stage2: 2 + 4 * 4}[stage]
+    assert firsts == [k * cfg.batch for k in range(2 * steps)]
+
+
 def test_checkpointing_changes_memory_not_numbers(chain, tmp_path, monkeypatch):
     """And it is used, in every stage, by every block of every network that is under grad."""
     checkpointed = Counter()
