@@ -160,7 +160,18 @@ def test_flicker_known_answers():
     assert metrics.flicker(fade) == pytest.approx(0, abs=1e-4)
     jumping = np.stack([np.full((8, 8, 3), 100 + 10 * (t % 2), np.uint8) for t in range(5)])
     assert metrics.flicker(jumping) == pytest.approx(10 * 219 / 255, abs=1e-3)
-    assert np.isnan(metrics.flicker(fade[:2]))
+    assert metrics.flicker(fade[:3]) == pytest.approx(0, abs=1e-4) and np.isnan(metrics.flicker(fade[:2]))
+    for place in (1, 3):                                        # a single jump: 10, and 5 beside it, of three frames
+        once = np.full((5, 8, 8, 3), 100, np.uint8)
+        once[place] += 10
+        assert metrics.flicker(once) == pytest.approx(15 / 3 * 219 / 255, abs=1e-3)
+
+
+@pytest.mark.parametrize("dy, dx", [(3, 3), (3, -3), (-3, 3), (-3, -3), (4, 0), (0, -4)])
+def test_flicker_forgives_three_pixels_a_frame_and_not_four(dy, dx):
+    world = np.random.default_rng(0).integers(90, 110, (128, 128, 1)).repeat(3, -1).astype(np.uint8)
+    pan = np.stack([world[16 + dy * t:112 + dy * t, 16 + dx * t:112 + dx * t] for t in range(3)])
+    assert (metrics.flicker(pan) < 0.5) == (max(abs(dy), abs(dx)) == 3)     # what is left comes in at the border
 
 
 def test_flicker_forgives_motion_but_not_noise(pan):
