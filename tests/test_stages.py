@@ -280,6 +280,45 @@ def test_auxiliary_losses_stay_apart(chain, tmp_path, monkeypatch):
     assert line["d_warmup"] == pytest.approx(sum(values[:2]) / 2, rel=1e-4) != line["d"]        # of the warm-up alone
 
 
+def test_each_network_steps_down_its_own_losses(chain, tmp_path, monkeypatch):
+    """In sign and size: the fake score's gradient is L_Diff's, the head's L_D's, the student's that of all three."""
+    cfg = fork(chain, stage2, tmp_path, ["stage0", "stage1"], steps=2, aux_warmup=1, w_dmd=0.7, w_gan=0.5, w_fm=0.9)
+    nets, want, checked, init, step = spy_networks(monkeypatch), {}, [], M.RFSHead.__init__, common.clip_and_step
+
+    def remember(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        torch.nn.init.normal_(self.layers[-1].weight)           # a zero last layer would hide everything before it
+        nets["head"] = self
+    monkeypatch.setattr(M.RFSHead, "__init__", remember)
+
+    def spy(module, function, name, weight=1.0):
+        original = getattr(module, function)
+
+        def spied(*args):
+            loss = original(*args)
+            if function != "mse_loss" or args[0].ndim == 5:     # L_FM, of features, is a mean square too
+                parameters = list(nets[name].parameters())
+                grads = torch.autograd.grad(weight * loss, parameters, retain_graph=True, allow_unused=True)
+                grads = [torch.zeros_like(p) if g is None else g for g, p in zip(grads, parameters, strict=True)]
+                want[name] = [a + b for a, b in zip(want.get(name, [0] * len(grads)), grads, strict=True)]
+            return loss
+        monkeypatch.setattr(module, function, spied)
+    spy(stage2.F, "mse_loss", "cfg")                            # the fake score starts as the CFG-distilled model
+    spy(stage2, "hinge_d", "head")
+    for function, weight in (("dmd_loss", cfg.w_dmd), ("hinge_g", cfg.w_gan), ("fm_loss", cfg.w_fm)):
+        spy(stage2, function, "student", weight)
+
+    def compare(optimiser, net, max_norm):
+        name = next(k for k, v in nets.items() if v is net)
+        for p, grad in zip(net.parameters(), want.pop(name), strict=True):
+            torch.testing.assert_close(torch.zeros_like(p) if p.grad is None else p.grad, grad, rtol=1e-3, atol=1e-7)
+        checked.append(name)
+        return step(optimiser, net, max_norm)
+    monkeypatch.setattr(common, "clip_and_step", compare)
+    stage2.main(cfg)
+    assert Counter(checked) == {"cfg": 1 + 3 * 2, "head": 1 + 3 * 2, "student": 2}
+
+
 def test_weights_multiply_the_losses(chain, tmp_path):
     """L = w_dmd L_DMD + w_gan L_G + w_fm L_FM: other weights, the same first losses times other numbers."""
     want, logs = dict(w_dmd=2.0, w_gan=0.3, w_fm=0.4), []
