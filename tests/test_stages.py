@@ -120,6 +120,23 @@ def test_stage0_goes_on_from_a_checkpoint(chain, tmp_path):
     assert all((old["ema"][k] - new["net"][k]).abs().max() < 1e-6 for k in old["ema"])
 
 
+@pytest.mark.parametrize("stage, loss, steps", [
+    (stage0, "flow_loss", 4), (stage1, "pd_loss", 6), (stage3, "dpo_loss", 4)])
+def test_a_stage_steps_down_the_mean_of_its_loss(chain, tmp_path, monkeypatch, stage, loss, steps):
+    """Of all passes of a step, in sign and size."""
+    upto = ["stage0", "stage1", "stage2"][:list(chain).index(stage)]
+    cfg, original, passed_on = fork(chain, stage, tmp_path, upto, accumulate=2), getattr(stage, loss), []
+
+    def spied(*args):
+        value = original(*args)
+        if value.requires_grad:
+            value.register_hook(passed_on.append)
+        return value
+    monkeypatch.setattr(stage, loss, spied)
+    stage.main(cfg)
+    assert len(passed_on) == 2 * steps and all(torch.equal(g, torch.full_like(g, 0.5 / g.numel())) for g in passed_on)
+
+
 def test_stage0_measures_the_residual(chain, tmp_path, monkeypatch):
     """The presets' linear velocity gets the mean square of z_hr - z_lr, channel by channel; all stages load it."""
     monkeypatch.setitem(M.MODELS, "tiny", SMALL_MODEL | {"residual": True})
