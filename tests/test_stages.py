@@ -581,16 +581,41 @@ def test_pairs_held_out_are_measured_and_not_trained_on(chain, tmp_path, monkeyp
 
 def test_the_anchor_is_on_velocities_at_all_times(chain, tmp_path, monkeypatch):
     """Held by t times that, as clean estimates are, the student would run off near t = 0."""
-    cfg = fork(chain, stage3, tmp_path, ["stage0", "stage1", "stage2"], steps=1, held=0)
-    paired, loss, drifts = stage3.paired, stage3.dpo_loss, []
+    cfg = fork(chain, stage3, tmp_path, ["stage0", "stage1", "stage2"], steps=1, held=0, anchor=0.7, alpha=3.0)
+    paired, loss, held = stage3.paired, stage3.dpo_loss, []
 
     def moved_by_2(net, *args):
         v, errors = paired(net, *args)
         return (v + 2 if torch.is_grad_enabled() else v), errors
     monkeypatch.setattr(stage3, "paired", moved_by_2)
-    monkeypatch.setattr(stage3, "dpo_loss", lambda inside, *args: drifts.extend(args[:1]) or loss(inside, *args))
+    monkeypatch.setattr(stage3, "dpo_loss", lambda inside, *args: held.extend(args) or loss(inside, *args))
     stage3.main(cfg)
-    assert len(drifts) == 1 and drifts[0].item() == pytest.approx(4, abs=1e-4)
+    drift, lam = held
+    assert drift.item() == pytest.approx(4, abs=1e-4)
+    line, = common.read_log(f"{cfg.out}/stage3")
+    assert lam == pytest.approx(0.7 * line["beta"] / (4 * 3.0))
+
+
+def test_stage3_trains_on_the_same_window_of_all_that_a_pair_has(chain, tmp_path, monkeypatch):
+    """Pair after pair, windows from anywhere in them: 2 of 3 latent frames, 8 of 12 rows and columns."""
+    cfg = fork(chain, stage3, tmp_path, ["stage0", "stage1", "stage2"], steps=12, accumulate=2, held=0,
+               dpo_t="one", own_noise=True)
+    paired, seen = stage3.paired, []
+    monkeypatch.setattr(stage3, "paired", lambda net, *args: (seen.append(args), paired(net, *args))[1])
+    stage3.main(cfg)
+    pairs = [stage3.read_pair(f"{cfg.out}/stage3/pairs/{i:05d}.pt") for i in range(cfg.pairs)]
+    pairs.sort(key=lambda pair: -pair["record"]["margin"])
+    places, count = [], 0
+    for z_w, z_l, eps_w, eps_l, _, z_lr in seen[::2]:                   # the student's call, then the reference's
+        for window in zip(z_w, z_l, z_lr, torch.stack([eps_w, eps_l], dim=1), strict=True):
+            pair = pairs[count % len(pairs)]
+            places += [(t, y, x) for t in range(2) for y in range(5) for x in range(5) if all(
+                torch.equal(z, pair[k][..., t:t + 2, y:y + 8, x:x + 8].float())
+                for z, k in zip(window, ("win", "lose", "lr", "noise"), strict=True))]
+            count += 1
+            assert len(places) == count
+    assert count == cfg.steps * 2 * cfg.batch and [set(axis) for axis in zip(*places, strict=True)] == [
+        set(range(2)), set(range(5)), set(range(5))]
 
 
 def test_dpo_moves_towards_the_winner(chain, tmp_path):
