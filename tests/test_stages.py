@@ -198,15 +198,22 @@ def test_softened_targets_go_with_the_negative_prompt(chain, tmp_path, monkeypat
         assert torch.equal(soft, text == M.NEGATIVE) and soft.any() and (text[~soft] == M.POSITIVE).all()
 
 
-def spy_networks(monkeypatch):
-    """The student and the fake score of a stage II run, caught when they are loaded, and the frozen real score."""
-    nets, load = {}, M.load_checkpoint
+def spy_networks(monkeypatch, head_starts_at_0=True):
+    """The networks that a stage II run trains, caught when they are made: student, head, and as cfg the fake score."""
+    nets, load, init = {}, M.load_checkpoint, M.RFSHead.__init__
 
     def loader(path, part, device, model, finished):
         out = load(path, part, device, model, finished)
         nets[part] = out[0]
         return out
+
+    def remember(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        if not head_starts_at_0:                                # a zero last layer hides everything before it
+            torch.nn.init.normal_(self.layers[-1].weight)
+        nets["head"] = self
     monkeypatch.setattr(M, "load_checkpoint", loader)
+    monkeypatch.setattr(M.RFSHead, "__init__", remember)
     return nets
 
 
@@ -225,16 +232,10 @@ def run_spied(chain, tmp_path, monkeypatch, **changes):
     """One stage II run. At each student update: gradients of the fake score and the head, before and after backward."""
     cfg = fork(chain, stage2, tmp_path, ["stage0", "stage1"], steps=2, aux_warmup=4, **changes)
     nets, events = spy_networks(monkeypatch), []
-    heads, init = [], M.RFSHead.__init__
-
-    def remember(self, *args, **kwargs):
-        init(self, *args, **kwargs)
-        heads.append(self)
-    monkeypatch.setattr(M.RFSHead, "__init__", remember)
     before, update = stage2.dmd_gradient, stage2.common.ema_update
 
     def gradients():
-        return [None if p.grad is None else p.grad.clone() for n in (nets["cfg"], heads[0]) for p in n.parameters()]
+        return [None if p.grad is None else p.grad.clone() for n in (nets["cfg"], nets["head"]) for p in n.parameters()]
 
     def at_gradient(*args):
         events.append(gradients())
@@ -242,7 +243,7 @@ def run_spied(chain, tmp_path, monkeypatch, **changes):
 
     def at_update(average, net, decay):                         # the first thing after the student's step
         events.append(gradients())
-        frozen = not any(p.requires_grad for n in (nets["cfg"], heads[0]) for p in n.parameters())
+        frozen = not any(p.requires_grad for n in (nets["cfg"], nets["head"]) for p in n.parameters())
         events.append((frozen, sum(p.grad.abs().sum().item() for p in net.parameters())))
         return update(average, net, decay)
     monkeypatch.setattr(stage2, "dmd_gradient", at_gradient)
@@ -272,22 +273,15 @@ def test_student_update_belongs_to_the_student_alone(chain, tmp_path, monkeypatc
 def test_auxiliary_losses_stay_apart(chain, tmp_path, monkeypatch):
     """L_D alone must leave the fake score without gradient: its features reach the head detached."""
     cfg = fork(chain, stage2, tmp_path, ["stage0", "stage1"], steps=1, aux_warmup=2)
-    nets, sums = spy_networks(monkeypatch), []
-    heads, init, hinge, values = [], M.RFSHead.__init__, stage2.hinge_d, []
-
-    def remember(self, *args, **kwargs):
-        init(self, *args, **kwargs)
-        torch.nn.init.normal_(self.layers[-1].weight)           # a zero last layer would hide everything before it
-        heads.append(self)
+    nets, sums, hinge, values = spy_networks(monkeypatch, head_starts_at_0=False), [], stage2.hinge_d, []
 
     def spied(real, fake):
         loss = hinge(real, fake)
         values.append(loss.item())
-        groups = [list(nets["cfg"].parameters()), list(heads[0].parameters()), list(nets["student"].parameters())]
+        groups = [list(nets[name].parameters()) for name in ("cfg", "head", "student")]
         grads = [torch.autograd.grad(loss, g, retain_graph=True, allow_unused=True) for g in groups]
         sums.append([sum(x.abs().sum().item() for x in g if x is not None) for g in grads])
         return loss
-    monkeypatch.setattr(M.RFSHead, "__init__", remember)
     monkeypatch.setattr(stage2, "hinge_d", spied)
     stage2.main(cfg)
     assert len(sums) == 2 + 3
@@ -300,13 +294,8 @@ def test_auxiliary_losses_stay_apart(chain, tmp_path, monkeypatch):
 def test_each_network_steps_down_its_own_losses(chain, tmp_path, monkeypatch):
     """In sign and size: the fake score's gradient is L_Diff's, the head's L_D's, the student's that of all three."""
     cfg = fork(chain, stage2, tmp_path, ["stage0", "stage1"], steps=2, aux_warmup=1, w_dmd=0.7, w_gan=0.5, w_fm=0.9)
-    nets, want, checked, init, step = spy_networks(monkeypatch), {}, [], M.RFSHead.__init__, common.clip_and_step
-
-    def remember(self, *args, **kwargs):
-        init(self, *args, **kwargs)
-        torch.nn.init.normal_(self.layers[-1].weight)           # a zero last layer would hide everything before it
-        nets["head"] = self
-    monkeypatch.setattr(M.RFSHead, "__init__", remember)
+    nets, want = spy_networks(monkeypatch, head_starts_at_0=False), {}
+    checked, step = [], common.clip_and_step
 
     def spy(module, function, name, weight=1.0):
         original = getattr(module, function)
