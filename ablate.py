@@ -4,9 +4,9 @@
     python ablate.py streams --seeds 1 --steps 2 --max_clips 1 --out out/look     # a look, after a whole stage I
     python ablate.py streams --resume             # after Ctrl-C or a crash; also: only the tables again
 
-Every arm is a call of the stages' own main: the same clips, noise seed, later stages and number of student updates;
-what differs stands in ARMS. Arms of seed k train with seed k and are measured with noise seed k, as evaluate.py does.
-What two arms share, of one ablation or of two, is trained once.
+Every arm is a call of the stages' own main, with the same clips, noise seed, later stages and number of student updates
+in each stage that it has; what differs stands in ARMS. Arms of seed k train with seed k and are measured with noise
+seed k, as evaluate.py does. What two arms share, of one ablation or of two, is trained once.
 
 Reads   <out>/stage1/last.pt (trained first if it is not there), and what evaluate.py reads for a teacher.
 Writes  <out>/ablate/NAME/: table.md; results.json (numbers per arm, seed and clip, every config, evaluate.py's stamp);
@@ -89,9 +89,7 @@ ARMS = {
         "uniform-free": Arm("uniform, no anchor", three=dict(anchor=0.0)),
         "one": Arm("t = 1", three=dict(dpo_t="one")),
         "one-free": Arm("t = 1, no anchor", three=dict(dpo_t="one", anchor=0.0)),
-        # a saddle, left at alpha > 1/2 (stage3_dpo.py, beta in main); the second does little
-        "own-noise": Arm("own noise", three=dict(dpo_t="one", own_noise=True)),
-        "own-noise-held": Arm("own noise, alpha = 0.25", three=dict(dpo_t="one", own_noise=True, alpha=0.25)),
+        "own-noise": Arm("t = 1, own noise", three=dict(dpo_t="one", own_noise=True)),       # must do nothing
     },
     "edits": {"none": Arm("as it is")} | {                              # one line of stage2_dual.py each, to discuss
         name: Arm(f"{field} = {value!r}", {field: value}) for name, (field, value) in {

@@ -10,14 +10,16 @@ Reads   out/<preset>/stage2/last.pt: student.
 Writes  out/<preset>/stage3/pairs/*.pt, the ranked pairs, used again if they are there; pairs.json, pairs.png show them;
         out/<preset>/stage3/last.pt: student, vae, and what --resume needs; log.jsonl, held.jsonl, panel.png, loss.png.
 
-Differs from the paper: (1) the scorer is an offline proxy (NIQE, flicker and consistency with LR, so these three are no
-independent evidence for this stage) unless DOVER or a pyiqa metric is installed and named; (2) an anchor to the stage
-II student is added (anchor = 0: none): at t = 1 dpo_inside is linear in the student's output, and the loss falls for
-ever along winner - loser; (3) of the pairs made only those with the larger margins are used (keep); (4) some are held
-out, to see whether the preference carries over. Left open there and settled here: winner and loser share fresh noise
-and one time. With each candidate's own noise the reference reproduces both at t = 1, and the gradient starts at 0. The
+Differs from the paper: (1) the scorer is an offline proxy unless DOVER or a pyiqa metric is installed and named: NIQE
+and flicker, which are no independent evidence for this stage then, and consistency with LR, which counts under 30 dB
+alone, and few outputs have less; (2) an anchor to the stage II student is added (anchor = 0: none): at t = 1 dpo_inside
+is linear in the student's output, and the loss falls for ever along winner - loser; (3) of the pairs made only those
+with the larger margins are used (keep), of the proxy those on which its measures agree most; (4) some are held out, to
+see whether the preference carries over. Left open there and settled here: winner and loser share fresh noise and one
+time. With each candidate's own noise the reference reproduces both at t = 1, and the gradient is 0 (own_noise). The
 time is uniform, as the z_t of the formula suggests, though the student only ever runs at t = 1 (dpo_t = "one": there
-alone).
+alone). At t < 1 neither it nor its reference has been trained since the early phases of stage I; what is learnt there
+reaches t = 1 through the weights that all times share.
 """
 import json
 from copy import deepcopy
@@ -54,7 +56,7 @@ class Config:
     pairs: int = 48                 # pairs made, clip after clip, then again with other noise [paper: 2,000]
     candidates: int = 4             # outputs per LR clip [not in the paper's summary]
     scorer: str = "proxy"           # "proxy", "dover", "pyiqa:<metric>" [paper: DOVER]; only "proxy" looks at LR
-    keep: float = 0.5               # share of the pairs kept, those whose scores differ most [ours]
+    keep: float = 0.5               # share of the pairs kept, those with the largest margins [ours]
     held: int = 8                   # pairs held out, at most half; no other pair of their clips is used [ours]
     steps: int = 60                 # optimiser steps [paper: 1,000]
     lr: float = 5e-5                # learning rate; at 2e-4 the steps' own noise weaves a lattice [ours]
@@ -63,7 +65,7 @@ class Config:
     beta_mode: str = "constant"     # "constant", or "flow": beta (1 - t)^2, which is 0 at t = 1 [VideoAlign]
     anchor: float = 1.0             # times beta / (4 alpha), on |v - v_ref|^2; 0: none [ours]
     alpha: float = 2.0              # at t = 1 the output moves by at most alpha E[winner - loser | LR] [ours]
-    own_noise: bool = False         # replay each candidate's own noise, at t = 1 a saddle: see beta in main
+    own_noise: bool = False         # replay each candidate's own noise: at t = 1 this teaches nothing
     log_every: int = 5              # steps between log lines
     save_every: int = 20            # steps between checkpoints and panels
 
@@ -233,7 +235,8 @@ def main(cfg):
         M.LoRA(student, cfg.lora)
     optimiser = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], lr=cfg.lr, weight_decay=0)
     # all that a pair depends on; the name of the bank is a hash of its clips' settings, files and code
-    stamp = repr([common.contents(source), bank.path.name, cfg.candidates, cfg.scorer, common.code(metrics), cfg.seed])
+    stamp = repr([common.contents(source), bank.path.name, cfg.candidates, cfg.scorer, cfg.seed,
+                  common.code(metrics, M, make_pair, rank_pair)])
     saved = dict(vae=vae, optimiser=optimiser, source=stamp) | \
         ({"lora": student.lora} if cfg.lora else {"student": student})
     start = common.continue_from(f"{out_dir}/last.pt", cfg, saved)
@@ -259,10 +262,9 @@ def main(cfg):
         show_pairs(f"{out_dir}/pairs.png", kept[:4], vae, device)
     distance = torch.tensor([pair["distance"] for pair in kept])
     # alpha bounds how far the output moves, in units of (w - l): at t = 1 DPO pulls by sigmoid(-inside) beta (w - l),
-    # the anchor back by 2 lam (x - x_ref), and they balance at alpha (w - l) or before. With own_noise the errors at
-    # t = 1, and the gradient, start at 0, a saddle: e_l has the weight -beta / 4 from DPO and beta / (8 alpha) from the
-    # anchor, so it grows unless alpha < 1/2. At t < 1 shared noise gives two inputs as well: there, with alpha > 1/2,
-    # the anchor only slows the growth of e_l, until sigmoid(-inside) has shrunk
+    # the anchor back by 2 lam (x - x_ref), and they balance at alpha (w - l) or before. Where winner and loser are
+    # two inputs (t < 1, own_noise) e_l has the weight -beta / 4 from DPO and beta / (8 alpha) from the anchor: with
+    # alpha > 1/2 that only slows its growth, until sigmoid(-inside) has shrunk
     beta = cfg.dpo_beta or choose_beta(distance, cfg.alpha)
     lam = cfg.anchor * beta / (4 * cfg.alpha)
 
@@ -299,6 +301,8 @@ def main(cfg):
             eps_w = eps_l = common.draw(torch.randn, z_w.shape, part, parts, device)
             if cfg.own_noise:
                 eps_w, eps_l = noise[:, 0], noise[:, 1]
+                with torch.no_grad(), autocast:                         # what it makes of a window alone differs from
+                    z_w, z_l = (M.one_step(reference, e, z_lr) for e in (eps_w, eps_l))     # that window of its clip
             u = common.draw(torch.rand, (cfg.batch,), part, parts, device)
             t = torch.ones_like(u) if cfg.dpo_t == "one" else u
 

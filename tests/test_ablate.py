@@ -82,7 +82,7 @@ DIFFER = {      # the fields that the arms of an ablation may differ in, and not
     "stages": {2: set(), 3: set()}, "streams": {2: {"streams", "order"}, 3: set()},
     "streams-cfg": {2: {"streams", "order"}, 3: set()}, "features": {2: {"features"}, 3: set()},
     "ratio": {2: {"aux_per_student"}, 3: set()}, "init": {2: {"init"}, 3: set()},
-    "dpo": {2: set(), 3: {"dpo_t", "anchor", "own_noise", "alpha"}},
+    "dpo": {2: set(), 3: {"dpo_t", "anchor", "own_noise"}},
     "edits": {2: {"aux_warmup", "t_max", "w_fm", "gan_same_noise", "pooled", "lr_fake", "dmd_half", "real_score",
                   "fm_norm", "lr"}, 3: set()}}
 
@@ -123,8 +123,7 @@ def test_arms_hold_what_their_names_say():
         k: k for k in ("stage1", "cfg")}
     assert {k: arm.three for k, arm in ablate.ARMS["dpo"].items()} == {
         "none": {}, "uniform": {}, "uniform-free": {"anchor": 0.0}, "one": {"dpo_t": "one"},
-        "one-free": {"dpo_t": "one", "anchor": 0.0}, "own-noise": {"dpo_t": "one", "own_noise": True},
-        "own-noise-held": {"dpo_t": "one", "own_noise": True, "alpha": 0.25}}
+        "one-free": {"dpo_t": "one", "anchor": 0.0}, "own-noise": {"dpo_t": "one", "own_noise": True}}
     rows = [arm.row for arm in ablate.ARMS["stages"].values()]
     assert rows == ["teacher50", "teacher1", "stage1", "stage2", "stage3", "stage3"]
     assert {key: ablate.needs(arm) for key, arm in ablate.ARMS["stages"].items() if ablate.needs(arm)} == {
@@ -214,14 +213,13 @@ def test_streams_writes_table_numbers_and_pictures_and_resumes(run, capsys, monk
 
 
 def test_dpo_arms_share_stage2_and_its_pairs(run, monkeypatch):
-    made, make = [], stage3.make_pair
-    monkeypatch.setattr(stage3, "make_pair", lambda i, *args: (made.append(i), make(i, *args))[1])
+    made = test_stages.pairs_made(monkeypatch)
     folder, calls = run("dpo", "--seeds", "1")
     assert calls == [(2, "none-seed0")] + [(3, f"{key}-seed0") for key in list(ablate.ARMS["dpo"])[1:]]
     assert made == [0, 1]                                               # each pair once, for all arms
     result = json.loads((folder / "results.json").read_text())["arms"]
     assert result["none"]["sd"]["psnr"] is None
-    assert [about["configs"].get("stage3", {}).get("anchor") for about in result.values()] == [None, 1, 0, 1, 0, 1, 1]
+    assert [about["configs"].get("stage3", {}).get("anchor") for about in result.values()] == [None, 1, 0, 1, 0, 1]
     students = {k: test_stages.torch.load(folder / f"{k}-seed0/stage3/last.pt", weights_only=True)["student"]
                 for k in list(result)[1:]}
     assert all(moved(students["one"], students[k]) for k in students if k != "one")

@@ -96,6 +96,18 @@ def fork(chain, stage, tmp_path, upto, **changes):
     return cfg
 
 
+def pairs_made(monkeypatch):
+    """The numbers of the pairs of stage III that are written from now on."""
+    made, put = [], common.put_state
+
+    def spy(path, state):
+        if "distance" in state:
+            made.append(int(os.path.basename(path)[:-3]))
+        put(path, state)
+    monkeypatch.setattr(common, "put_state", spy)
+    return made
+
+
 def test_every_stage_writes_what_the_next_one_reads(chain):
     for k, (_stage, cfg) in enumerate(chain.items()):
         folder = f"{cfg.out}/stage{k}"
@@ -513,8 +525,7 @@ def test_dpo_starts_at_ln_2_and_pairs_are_reused(chain, tmp_path, monkeypatch):
     assert not any(r["trained"] and r["held"] for r in records)
     for r in records:
         assert r["scores"][r["winner"]] == max(r["scores"]) and r["scores"][r["loser"]] == min(r["scores"])
-    make, again = stage3.make_pair, []
-    monkeypatch.setattr(stage3, "make_pair", lambda i, *args: (again.append(i), make(i, *args))[1])
+    again = pairs_made(monkeypatch)
     was = stage3.read_pair(f"{cfg.out}/stage3/pairs/00001.pt")["win"].clone()
     os.remove(f"{cfg.out}/stage3/pairs/00001.pt")               # as if stopped before it was made
     cfg.steps, cfg.resume = 6, True
@@ -552,6 +563,21 @@ def test_dpo_variants(chain, tmp_path, monkeypatch, changes, zero):
     assert (t_w == 1).all() if cfg.dpo_t == "one" else 0 < t_w.min() < t_w.max() < 1
 
 
+def test_own_noise_teaches_nothing_to_a_student_that_looks_around(chain, tmp_path):
+    """Of what it made of a clip a window is not what it makes of that window: its candidates are made again there."""
+    state, norms = checkpoint(chain[stage2], "stage2"), {}
+    torch.manual_seed(0)
+    state["student"]["head.head.weight"].normal_(std=0.1)       # four steps of a toy use nothing but the pixel itself
+    for own in (False, True):
+        cfg = fork(chain, stage3, tmp_path / str(own), ["stage0", "stage1"], steps=1, held=0, dpo_t="one", anchor=0.0,
+                   own_noise=own)
+        os.makedirs(f"{cfg.out}/stage2")
+        torch.save(state, f"{cfg.out}/stage2/last.pt")
+        stage3.main(cfg)
+        norms[own] = common.read_log(f"{cfg.out}/stage3")[0]["grad_norm"]
+    assert norms[True] < 1e-4 * norms[False]
+
+
 def test_pairs_held_out_are_measured_and_not_trained_on(chain, tmp_path, monkeypatch):
     cfg = fork(chain, stage3, tmp_path, ["stage0", "stage1", "stage2"], batch=3)
     read, measured = stage3.read_pair, []
@@ -585,10 +611,11 @@ def test_the_anchor_is_on_velocities_at_all_times(chain, tmp_path, monkeypatch):
     assert lam == pytest.approx(0.7 * line["beta"] / (4 * 3.0))
 
 
-def test_stage3_trains_on_the_same_window_of_all_that_a_pair_has(chain, tmp_path, monkeypatch):
+@pytest.mark.parametrize("own, names", [(False, ("lr", "win", "lose")), (True, ("lr", "noise"))])
+def test_stage3_trains_on_the_same_window_of_all_that_a_pair_has(chain, tmp_path, monkeypatch, own, names):
     """Pair after pair, windows from anywhere in them: 2 of 3 latent frames, 8 of 12 rows and columns."""
     cfg = fork(chain, stage3, tmp_path, ["stage0", "stage1", "stage2"], steps=12, accumulate=2, held=0,
-               dpo_t="one", own_noise=True)
+               dpo_t="one", own_noise=own)
     paired, seen = stage3.paired, []
     monkeypatch.setattr(stage3, "paired", lambda net, *args: (seen.append(args), paired(net, *args))[1])
     stage3.main(cfg)
@@ -596,11 +623,12 @@ def test_stage3_trains_on_the_same_window_of_all_that_a_pair_has(chain, tmp_path
     pairs.sort(key=lambda pair: -pair["record"]["margin"])
     places, count = [], 0
     for z_w, z_l, eps_w, eps_l, _, z_lr in seen[::2]:                   # the student's call, then the reference's
-        for window in zip(z_w, z_l, z_lr, torch.stack([eps_w, eps_l], dim=1), strict=True):
+        given = {"win": z_w, "lose": z_l, "lr": z_lr, "noise": torch.stack([eps_w, eps_l], dim=1)}
+        for window in zip(*(given[name] for name in names), strict=True):
             pair = pairs[count % len(pairs)]
             places += [(t, y, x) for t in range(2) for y in range(5) for x in range(5) if all(
                 torch.equal(z, pair[k][..., t:t + 2, y:y + 8, x:x + 8].float())
-                for z, k in zip(window, ("win", "lose", "lr", "noise"), strict=True))]
+                for z, k in zip(window, names, strict=True))]
             count += 1
             assert len(places) == count
     assert count == cfg.steps * 2 * cfg.batch and [set(axis) for axis in zip(*places, strict=True)] == [
@@ -723,15 +751,21 @@ def test_ctrl_c_is_one_line_with_the_remedy(tmp_path):
     assert child.returncode == -signal.SIGINT
 
 
-def test_pairs_of_an_older_student_are_made_again(chain, tmp_path, monkeypatch):
+def first_and_last(scores):
+    return 0, len(scores) - 1, 1.0
+
+
+@pytest.mark.parametrize("older", ["student", "code"])
+def test_pairs_of_an_older_student_or_code_are_made_again(chain, tmp_path, monkeypatch, older):
     cfg = fork(chain, stage3, tmp_path, ["stage0", "stage1"])
     for n in (2, 3):
         shutil.copytree(f"{chain[stage3].out}/stage{n}", f"{cfg.out}/stage{n}")
-    state = torch.load(f"{cfg.out}/stage2/last.pt", weights_only=True)
-    torch.save(state | {"student": {k: 1.1 * v for k, v in state["student"].items()}}, f"{cfg.out}/stage2/last.pt")
+    state, scale = checkpoint(cfg, "stage2"), 1.1 if older == "student" else 1
+    torch.save(state | {"student": {k: scale * v for k, v in state["student"].items()}}, f"{cfg.out}/stage2/last.pt")
+    if older == "code":
+        monkeypatch.setattr(stage3, "rank_pair", first_and_last)        # as if edited
     os.remove(f"{cfg.out}/stage3/last.pt")
-    made, make = [], stage3.make_pair
-    monkeypatch.setattr(stage3, "make_pair", lambda i, *args: (made.append(i), make(i, *args))[1])
+    made = pairs_made(monkeypatch)
     stage3.main(cfg)
     assert made == [0, 1, 2]
     os.truncate(f"{cfg.out}/stage3/pairs/00002.pt", 100)        # a damaged one is as good as none
@@ -870,13 +904,13 @@ FINE2 = dict(g_mean=1.0, g_cosine=0.9, g_want=1.0, skipped=0.0, lag=0.9, detail=
 FINE3 = dict(accuracy=0.8, inside=0.1, drift=0.01, winner_change=-0.01, loser_change=0.01, winner_error=0.3,
              loser_error=0.3)
 CASES2 = [
-    (dict(), "healthy", "raise|lower|halve|flipped|grain"),
+    (dict(), "healthy", "raise|lower|halve|flipped|noise"),
     (dict(g_mean=0.05, g_want=0.05), "equals the real one", "spikes"),
-    (dict(g_mean=4.0, g_want=4.0), "spikes; lower lr", "equals"), (dict(g_cosine=-0.1), "sign is flipped", "grain"),
+    (dict(g_mean=4.0, g_want=4.0), "spikes; lower lr", "equals"), (dict(g_cosine=-0.1), "sign is flipped", "noise"),
     (dict(g_want=3.0), "not normalised", "flipped"), (dict(skipped=0.1), "10% of samples skipped", "spikes; lower lr"),
-    (dict(lag=1.0), "no better than the real one", "no auxiliary"), (dict(detail=0.5), "a mean, not a sample", "grain"),
-    (dict(detail=1.3), "130% of HR's detail: grain", "a mean"),
-    (dict(detail_real=0.5), "blurred; lower t_max", "grain"),
+    (dict(lag=1.0), "no better than the real one", "no auxiliary"), (dict(detail=0.5), "a mean, not a sample", "noise"),
+    (dict(detail=1.3), "130% of HR's detail: noise", "a mean"),
+    (dict(detail_real=0.5), "blurred; lower t_max", "noise"),
     (dict(detail=0.3, detail_real=0.3), "was stage I run", "t_max"),
     (dict(d=0.2), "head has won; lower lr_head", "learnt"),
     (dict(d=1.97), "not learnt yet; raise aux_warmup", "has won|misleads"),
