@@ -84,7 +84,7 @@ def load(ckpt, part, device, tile=0):
         vae.code.enable_tiling()
     side = max(2, (tile or clip["crop"]) // (2 * vae.stride) * 2)       # tokens are 2 x 2 latents
     return partial(upscale, M.tiled(net, (clip["window"], side, side)), vae, clip["window"], device,
-                   shift=info["config"].get("shift", 1.0))              # of the teacher's sampler, as it was distilled
+                   shift=info["config"].get("shift", 1.0))              # of times; at one step without effect
 
 
 def noise(shape, start, seed):

@@ -374,6 +374,7 @@ def main(cfg):
                     z_0 = M.one_step(average, eps_in, z_lr)
                 t = torch.full((len(z_0),), 0.5, device=device)
                 z_t = M.add_noise(z_0, torch.randn_like(z_0), t)
+                # of a guided teacher (real_score) panel and offsets show its pass under the prompt alone
                 x_real, x_fake = (M.to_x0(z_t, score(net, z_t, t, z_lr)[0], t) for net in (real, fake))
             rows = spatial_offsets(lambda z_t, t, z_lr=z_lr: M.to_x0(z_t, score(real, z_t, t, z_lr)[0], t),
                                    z_0, z_hr, vae, torch.randn_like(z_0))    # not the noise that made z_0
@@ -446,7 +447,7 @@ def spatial_offsets(predict, z_0, z_hr, vae, eps, times=(0.2, 0.5, 0.8)):
     return rows
 
 
-BLURRED, GRAINY = 0.6, 1.2          # shares of the detail of HR at which verdicts speak of blur and of grain [ours]
+BLURRED, NOISY = 0.6, 1.2           # shares of the detail of HR at which verdicts speak of blur and of noise [ours]
 THROWN = 2.5                        # and, in any one line, of a student that is thrown about [ours]
 
 
@@ -477,8 +478,8 @@ def verdicts(out_dir, offsets=()):
         words.append(f"the student adds {last['detail']:.0%} of HR's detail: a mean, not a sample; was stage I run?")
     elif last["detail_real"] < BLURRED:                                 # of a blurred student it sees no more
         words.append(f"the real score's x0 has {last['detail_real']:.0%} of HR's detail: blurred; lower t_max")
-    if last["detail"] > GRAINY:
-        words.append(f"the student adds {last['detail']:.0%} of HR's detail: grain; train longer, or lower cfg_w")
+    if last["detail"] > NOISY:
+        words.append(f"the student adds {last['detail']:.0%} of HR's detail: noise; train longer, or lower cfg_w")
     if (most := max(line["detail"] for line in lines)) > THROWN:
         words.append(f"the student once added {most:.1f} times HR's detail: thrown about, or HR has none; lower lr")
     if "pull_gan" in last and "d" in last:                              # without auxiliary updates there is no d
