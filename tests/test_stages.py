@@ -549,7 +549,7 @@ def test_a_scorer_without_a_score_is_one_line(chain, tmp_path, monkeypatch):
 @pytest.mark.parametrize("changes, zero", [(dict(dpo_t="one"), False), (dict(), False), (dict(anchor=0.0), False),
                                            (dict(dpo_t="one", own_noise=True, anchor=0.0), True)])
 def test_dpo_variants(chain, tmp_path, monkeypatch, changes, zero):
-    """Own noise teaches nothing at t = 1: the first gradient is zero, up to fp16."""
+    """Own noise teaches nothing at t = 1: the first gradient is zero, up to rounding."""
     cfg = fork(chain, stage3, tmp_path, ["stage0", "stage1", "stage2"], steps=1, held=0, **changes)
     seen, add_noise = [], M.add_noise
     monkeypatch.setattr(M, "add_noise", lambda z, eps, t: seen.append((eps, t)) or add_noise(z, eps, t))
