@@ -18,7 +18,8 @@
 
 DiT is the Wan2.1 block at every size, under Wan's own parameter names (Wan-Video/Wan2.1, wan/modules/model.py), with
 twice the input channels: the noisy latent and the latent of the upsampled low-resolution video, [z_t, z_lr].
-At the presets tiny and small its output is added to a velocity that needs no network (linear_velocity).
+At the presets tiny and small z_lr is first drawn towards what it stands for by a few convolutions (Predictor), and the
+output is added to a velocity that needs no network (linear_velocity).
 """
 import functools
 import itertools
@@ -37,13 +38,14 @@ from torch.utils.checkpoint import checkpoint
 NULL, POSITIVE, NEGATIVE = 0, 1, 2      # prompt ids: no text, high quality, low quality
 AGAINST = NEGATIVE                      # neg, what guidance moves away from [ours]; the paper's: NULL, no text
 
-# learned: prompts are parameters; otherwise they are read from a file. residual: adds to linear_velocity
+# learned: prompts are parameters; otherwise they are read from a file
+# predictor: width of the Predictor, whose guess linear_velocity takes for z_lr; 0: neither
 # rope: base of the rotary frequencies. A short head has few: 10000 would leave it 1, 0.16, 0.03, ... radians a token
 MODELS = {
-    "tiny":    dict(dim=128, layers=6, heads=4, ffn=512, text_dim=64, prompt_len=4, learned=True,        # 1.79 M
-                    residual=True, rope=100),
-    "small":   dict(dim=512, layers=12, heads=8, ffn=2048, text_dim=256, prompt_len=8, learned=True,     # 52.96 M
-                    residual=True, rope=100),
+    "tiny":    dict(dim=128, layers=6, heads=4, ffn=512, text_dim=64, prompt_len=4, learned=True,        # 1.93 M
+                    predictor=48, rope=100),
+    "small":   dict(dim=512, layers=12, heads=8, ffn=2048, text_dim=256, prompt_len=8, learned=True,     # 53.48 M
+                    predictor=96, rope=100),
     "wan1.3b": dict(dim=1536, layers=30, heads=12, ffn=8960, text_dim=4096, prompt_len=512, learned=False),  # 1419.10 M
 }
 
@@ -217,16 +219,40 @@ class Head(nn.Module):
         return self.head(modulate(self.norm(x), shift, scale))
 
 
+class Predictor(nn.Module):
+    """A first guess of z_0, from which the transformer goes on (predict and refine, Whang et al. 2022): z_lr + R(z_lr),
+    R a small convolutional network that starts at 0 (EDSR's blocks, Lim et al. 2017). (B, C, T, H, W), like z_lr.
+
+    A token of [z_t, z_lr] is 128 numbers, half of them noise, and a narrow transformer does not learn through them what
+    a few convolutions learn of z_lr in minutes (LOG.md, "a first guess by convolutions").
+    """
+
+    def __init__(self, channels, width, depth=3):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(channels, width, 3, padding=1), nn.Conv2d(width, channels, 3, padding=1)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.ReLU(),
+                                                  nn.Conv2d(width, width, 3, padding=1)) for _ in range(depth))
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)
+
+    def forward(self, z_lr):
+        x = self.first(rearrange(z_lr, "B C T H W -> (B T) C H W"))
+        for block in self.blocks:
+            x = x + block(x)
+        return z_lr + rearrange(self.last(x), "(B T) C H W -> B C T H W", B=len(z_lr))
+
+
 class DiT(nn.Module):
     """The velocity v(z_t, t, z_lr, c) of a video diffusion transformer with Wan2.1's block and parameter names."""
 
-    def __init__(self, dim, layers, heads, ffn, text_dim, prompt_len, learned, residual=False, rope=10000,
+    def __init__(self, dim, layers, heads, ffn, text_dim, prompt_len, learned, predictor=0, rope=10000,
                  channels=16):
         super().__init__()
         self.rope = rope                                                # base of the rotary frequencies
         self.checkpointing = False                                      # keep block inputs, compute the rest twice
+        self.predictor = Predictor(channels, predictor) if predictor else None
         # E (z_0 - z_lr)^2 of each channel, which stage 0 measures, for linear_velocity
-        self.register_buffer("residual", torch.full((channels,), 0.5) if residual else None)
+        self.register_buffer("residual", torch.full((channels,), 0.5) if predictor else None)
         self.patch_embedding = nn.Conv3d(2 * channels, dim, (1, 2, 2), stride=(1, 2, 2))
         self.text_embedding = nn.Sequential(nn.Linear(text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim))
         self.time_embedding = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim))
@@ -259,6 +285,8 @@ class DiT(nn.Module):
         z, z_lr: (B, C, T, H, W), H and W even. t: (B,) in [0, 1]. text: (B,) prompt ids, or embeddings
         (B, prompt_len, text_dim). Returns v like z, or (v, [features]).
         """
+        if self.predictor is not None:
+            z_lr = self.predictor(z_lr)
         context = self.prompts[text] if text.dtype == torch.long else text
         context = self.text_embedding(context)                          # (B, prompt_len, D); padding is attended to
         with torch.autocast("cuda" if z.is_cuda else "cpu", enabled=False):     # time in fp32: it scales everything

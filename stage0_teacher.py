@@ -79,6 +79,11 @@ def flow_loss(net, z_0, z_lr, text, t, eps):
     return (v - (eps - z_0)).square().mean(dim=(1, 2, 3, 4))
 
 
+def guess_loss(net, z_0, z_lr):
+    """E ||g(z_lr) - z_0||^2 per sample, (B,), of the first guess g: least where it is the mean of z_0 given z_lr."""
+    return (net.predictor(z_lr).float() - z_0).square().mean(dim=(1, 2, 3, 4))
+
+
 def draw_prompts(u_negative, u_drop, negative, text_drop):
     """Prompt ids (B,) and which targets to soften (B,) bool, from uniform numbers (B,).
 
@@ -181,7 +186,8 @@ def main(cfg):
             with common.accumulating(part + world >= parts, ddp):
                 with autocast:
                     losses = flow_loss(ddp, z_0, z_lr, text, t, eps)
-                (losses.mean() / cfg.accumulate).backward()
+                    total = losses if net.predictor is None else losses + ~soft * guess_loss(net, z_0, z_lr)
+                (total.mean() / cfg.accumulate).backward()
         norm = common.clip_and_step(optimiser, net, 1.0)
         common.ema_update(ema, net, min(cfg.ema, (step + 1) / (step + 10)))
 

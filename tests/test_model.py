@@ -14,7 +14,7 @@ from tests.conftest import ROOT
 from tests.test_maths import tiny_net
 
 
-@pytest.mark.parametrize("name, count", [("tiny", 1.79), ("small", 52.96), ("wan1.3b", 1419.10)])
+@pytest.mark.parametrize("name, count", [("tiny", 1.93), ("small", 53.48), ("wan1.3b", 1419.10)])
 def test_parameter_counts_in_the_comments(name, count):
     with torch.device("meta"):
         net = M.build(name)
@@ -35,7 +35,7 @@ def test_wan_has_its_825_tensors():
 
 
 def test_fresh_model_outputs_zero_and_ignores_the_lr():
-    net = M.DiT(**M.MODELS["tiny"] | {"residual": False})
+    net = M.DiT(**M.MODELS["tiny"] | {"predictor": 0})
     z, z_lr = torch.randn(2, 2, 16, 1, 4, 4)
     assert net(z, torch.rand(2), z_lr, M.prompt(z)).abs().max() == 0
     torch.nn.init.normal_(net.head.head.weight)
@@ -66,7 +66,34 @@ def test_linear_velocity_is_the_regression_of_v():
     torch.testing.assert_close(linear[1], -z[1])
     torch.testing.assert_close(M.one_step(M.build("tiny"), z, z_lr), z_lr)
     with torch.device("meta"):
-        assert M.build("wan1.3b").residual is None          # the real weights know nothing of it
+        wan = M.build("wan1.3b")
+    assert wan.residual is None and wan.predictor is None   # the real weights know nothing of them
+
+
+def test_the_transformer_goes_on_from_the_first_guess():
+    """z_lr + R(z_lr), frame by frame, R by hand here: the latent to the right. It is what the transformer is given, and
+    the one step of a fresh one; a fresh R is 0, and learns from the velocity alone."""
+    net, (z, z_lr) = M.build("tiny"), torch.randn(2, 2, 16, 3, 4, 6)
+    guess = net.predictor
+    assert torch.equal(guess(z_lr), z_lr)
+    for p in guess.parameters():
+        torch.nn.init.zeros_(p)
+    with torch.no_grad():
+        for c in range(16):
+            guess.first.weight[c, c, 1, 1] = guess.last.weight[c, c, 1, 2] = 1
+    right = torch.nn.functional.pad(z_lr[..., 1:], (0, 1))
+    torch.testing.assert_close(guess(z_lr), z_lr + right)
+    with torch.no_grad():
+        guess.blocks[1][0].weight[0, 0, 1, 1], guess.blocks[1][2].weight[0, 0, 1, 1] = -1, 2       # 2 relu(-x) is added
+    grown = right.clone()
+    grown[:, 0] += 2 * (-right[:, 0]).relu()
+    torch.testing.assert_close(guess(z_lr), z_lr + grown)
+    torch.testing.assert_close(M.one_step(net, z, z_lr), z_lr + grown)
+    seen = []
+    net.patch_embedding.register_forward_hook(lambda m, i, o: seen.append(i[0]))
+    net(z, torch.full((2,), 0.5), z_lr, M.prompt(z)).square().mean().backward()
+    torch.testing.assert_close(seen[0], torch.cat([z, z_lr + grown], dim=1))
+    assert all(p.grad.abs().max() > 0 for p in (guess.first.weight, guess.last.weight))
 
 
 def test_forward_shapes_and_taps():

@@ -151,7 +151,7 @@ def test_a_stage_steps_down_the_mean_of_its_loss(chain, tmp_path, monkeypatch, s
 
 def test_stage0_measures_the_residual(chain, tmp_path, monkeypatch):
     """The presets' linear velocity gets the mean square of z_hr - z_lr, channel by channel; all stages load it."""
-    monkeypatch.setitem(M.MODELS, "tiny", SMALL_MODEL | {"residual": True})
+    monkeypatch.setitem(M.MODELS, "tiny", SMALL_MODEL | {"predictor": 4})
     cfg = fork(chain, stage0, tmp_path, [], steps=1)
     stage0.main(cfg)
     net, vae, _ = M.load_checkpoint(f"{cfg.out}/stage0/last.pt", "ema")
@@ -159,6 +159,26 @@ def test_stage0_measures_the_residual(chain, tmp_path, monkeypatch):
     hr, lr = bank.batch(0, 3)
     residual = vae.encode(hr) - vae.encode(data.upsample(lr, hr.shape[-2:]))
     torch.testing.assert_close(net.residual, residual.square().mean((0, 2, 3, 4)), rtol=0.2, atol=0.01)
+
+
+def test_stage0_teaches_the_first_guess(chain, tmp_path, monkeypatch):
+    """Beside L_flow its own loss, of sharp targets alone: known for a guess of nothing, and 0 for one that is right."""
+    monkeypatch.setitem(M.MODELS, "tiny", SMALL_MODEL | {"predictor": 4})
+    net, (z_0, z_lr) = M.build("tiny"), torch.randn(2, 3, 16, 2, 4, 4)
+    torch.testing.assert_close(stage0.guess_loss(net, z_0, z_lr), (z_lr - z_0).square().mean((1, 2, 3, 4)))
+    assert not stage0.guess_loss(net, z_lr, z_lr).any()
+    grads = {}
+    for negative in (0.0, 1.0):
+        cfg, steps = fork(chain, stage0, tmp_path / str(negative), [], steps=1, negative=negative), []
+        monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, steps=steps: steps.append(
+            [p.grad.clone() for group in self.param_groups for p in group["params"]]))
+        monkeypatch.setattr(stage0, "guess_loss", lambda net, z_0, z_lr: net.predictor(z_lr).sum((1, 2, 3, 4)))
+        stage0.main(cfg)
+        names = [n for n, _ in M.build("tiny").named_parameters()]
+        grads[negative] = dict(zip(names, steps[0], strict=True))
+    assert (grads[0.0]["predictor.last.bias"] - grads[0.0]["predictor.last.bias"].mean()).abs().max() < 0.1 * (
+        grads[0.0]["predictor.last.bias"].mean()) and grads[1.0]["predictor.last.bias"].abs().max() < (
+        0.1 * grads[0.0]["predictor.last.bias"].mean())
 
 
 def test_stage1_phases(chain, tmp_path, monkeypatch):
