@@ -11,10 +11,11 @@ Reads   the videos and photographs under --data; the checkpoint --init, if one i
 Writes  out/<preset>/stage0/last.pt: net, ema (the teacher that stage I reads), vae, optimiser; run.json, log.jsonl,
         panel.png, loss.png.
 
-Differs from the paper: (1) trained from scratch, with a linear patch code in place of its video VAE, at the presets
-tiny and small; (2) three prompts, none, "high quality" and "low quality", learned at tiny and small, embeddings of UMT5
-at wan1.3b, in place of captions; the targets of "low quality" clips are blurred, so that classifier-free guidance has
-a direction (as SUPIR does with images); (3) tiny and small see a light degradation, LIGHT in degradation.py.
+Differs from the paper: (1) tiny and small are trained from scratch, with a linear patch code in place of its video VAE,
+and go on from a first guess of z_0 by a few convolutions, which have a loss of their own; (2) three prompts, none,
+"high quality" and "low quality", learned at tiny and small, embeddings of UMT5 at wan1.3b, in place of captions; the
+targets of "low quality" clips are blurred, so that classifier-free guidance has a direction (as SUPIR does with
+images); (3) tiny and small see a light degradation, LIGHT in degradation.py.
 """
 from copy import deepcopy
 from dataclasses import dataclass
@@ -80,7 +81,10 @@ def flow_loss(net, z_0, z_lr, text, t, eps):
 
 
 def guess_loss(net, z_0, z_lr):
-    """E ||g(z_lr) - z_0||^2 per sample, (B,), of the first guess g: least where it is the mean of z_0 given z_lr."""
+    """E ||g(z_lr) - z_0||^2 per sample, (B,), of the first guess g: least where it is the mean of z_0 given z_lr.
+    Where the network makes none (wan1.3b), 0."""
+    if net.predictor is None:
+        return z_0.new_zeros(len(z_0))
     return (net.predictor(z_lr).float() - z_0).square().mean(dim=(1, 2, 3, 4))
 
 
@@ -186,25 +190,27 @@ def main(cfg):
             with common.accumulating(part + world >= parts, ddp):
                 with autocast:
                     losses = flow_loss(ddp, z_0, z_lr, text, t, eps)
-                    total = losses if net.predictor is None else losses + ~soft * guess_loss(net, z_0, z_lr)
-                (total.mean() / cfg.accumulate).backward()
+                    guess = ~soft * guess_loss(net, z_0, z_lr)          # of sharp targets; no prompt tells it which
+                ((losses + guess).mean() / cfg.accumulate).backward()
         norm = common.clip_and_step(optimiser, net, 1.0)
         common.ema_update(ema, net, min(cfg.ema, (step + 1) / (step + 10)))
 
         # 3) log, panel, save
         done = step + 1
         if done % cfg.log_every == 0 or done == cfg.steps:
-            loss = common.mean(losses.mean())
+            seen = {"loss": losses} | ({"guess": guess} if net.predictor is not None else {})
+            seen = {name: common.mean(x.mean()) for name, x in seen.items()}
             if rank == 0:
-                common.log(out_dir, bar, done, loss=loss, grad_norm=norm.item(), lr=learning_rate(step, cfg))
+                common.log(out_dir, bar, done, **seen, grad_norm=norm.item(), lr=learning_rate(step, cfg))
         if rank == 0 and (done % cfg.save_every == 0 or done == cfg.steps):
             common.save(f"{out_dir}/last.pt", cfg, "stage0", done, cfg.steps, **saved)
             z_0, z_lr, eps = data.panel_batch(bank, vae, clip, cfg.seed, device)
             with torch.no_grad(), autocast:
                 few, many = (M.sample(ema, eps, z_lr, steps, cfg.shift) for steps in (1, 8))
                 guided = M.sample(ema, eps, z_lr, 8, cfg.shift, w=0.5)
+                first = {} if ema.predictor is None else {"first guess": vae.decode(ema.predictor(z_lr).float())}
             common.panel(f"{out_dir}/panel.png", {
-                "LR": vae.decode(z_lr), "1 step": vae.decode(few), "8 steps": vae.decode(many),
+                "LR": vae.decode(z_lr), **first, "1 step": vae.decode(few), "8 steps": vae.decode(many),
                 "8 steps, w = 0.5": vae.decode(guided), "HR, coded": vae.decode(z_0)}, verdicts(out_dir))
     common.cleanup()
 

@@ -27,7 +27,7 @@ import stage2_dual as stage2
 import stage3_dpo as stage3
 from tests.conftest import ROOT
 
-SMALL_MODEL = dict(dim=32, layers=3, heads=2, ffn=64, text_dim=8, prompt_len=2, learned=True)
+SMALL_MODEL = dict(dim=32, layers=3, heads=2, ffn=64, text_dim=8, prompt_len=2, learned=True, predictor=4)
 SMALL_CLIP = dict(frames=9, size=48, crop=32, window=2, strength="light")
 
 
@@ -96,6 +96,19 @@ def fork(chain, stage, tmp_path, upto, **changes):
     return cfg
 
 
+def gradients_at(monkeypatch, stage, loss):
+    """The gradients that reach this loss of the stage, pass by pass, from now on."""
+    original, passed_on = getattr(stage, loss), []
+
+    def spied(*args):
+        value = original(*args)
+        if value.requires_grad:
+            value.register_hook(passed_on.append)
+        return value
+    monkeypatch.setattr(stage, loss, spied)
+    return passed_on
+
+
 def pairs_made(monkeypatch):
     """The numbers of the pairs of stage III that are written from now on."""
     made, put = [], common.put_state
@@ -137,21 +150,13 @@ def test_stage0_goes_on_from_a_checkpoint(chain, tmp_path):
 def test_a_stage_steps_down_the_mean_of_its_loss(chain, tmp_path, monkeypatch, stage, loss, steps):
     """Of all passes of a step, in sign and size."""
     upto = ["stage0", "stage1", "stage2"][:list(chain).index(stage)]
-    cfg, original, passed_on = fork(chain, stage, tmp_path, upto, accumulate=2), getattr(stage, loss), []
-
-    def spied(*args):
-        value = original(*args)
-        if value.requires_grad:
-            value.register_hook(passed_on.append)
-        return value
-    monkeypatch.setattr(stage, loss, spied)
+    cfg, passed_on = fork(chain, stage, tmp_path, upto, accumulate=2), gradients_at(monkeypatch, stage, loss)
     stage.main(cfg)
     assert len(passed_on) == 2 * steps and all(torch.equal(g, torch.full_like(g, 0.5 / g.numel())) for g in passed_on)
 
 
-def test_stage0_measures_the_residual(chain, tmp_path, monkeypatch):
+def test_stage0_measures_the_residual(chain, tmp_path):
     """The presets' linear velocity gets the mean square of z_hr - z_lr, channel by channel; all stages load it."""
-    monkeypatch.setitem(M.MODELS, "tiny", SMALL_MODEL | {"predictor": 4})
     cfg = fork(chain, stage0, tmp_path, [], steps=1)
     stage0.main(cfg)
     net, vae, _ = M.load_checkpoint(f"{cfg.out}/stage0/last.pt", "ema")
@@ -162,23 +167,15 @@ def test_stage0_measures_the_residual(chain, tmp_path, monkeypatch):
 
 
 def test_stage0_teaches_the_first_guess(chain, tmp_path, monkeypatch):
-    """Beside L_flow its own loss, of sharp targets alone: known for a guess of nothing, and 0 for one that is right."""
-    monkeypatch.setitem(M.MODELS, "tiny", SMALL_MODEL | {"predictor": 4})
+    """Its loss, known for a guess of z_lr and 0 for a right one, is added to L_flow; softened targets do not count."""
     net, (z_0, z_lr) = M.build("tiny"), torch.randn(2, 3, 16, 2, 4, 4)
     torch.testing.assert_close(stage0.guess_loss(net, z_0, z_lr), (z_lr - z_0).square().mean((1, 2, 3, 4)))
     assert not stage0.guess_loss(net, z_lr, z_lr).any()
-    grads = {}
-    for negative in (0.0, 1.0):
-        cfg, steps = fork(chain, stage0, tmp_path / str(negative), [], steps=1, negative=negative), []
-        monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, steps=steps: steps.append(
-            [p.grad.clone() for group in self.param_groups for p in group["params"]]))
-        monkeypatch.setattr(stage0, "guess_loss", lambda net, z_0, z_lr: net.predictor(z_lr).sum((1, 2, 3, 4)))
+    for negative, share in ((0.0, 0.5), (1.0, 0.0)):
+        cfg = fork(chain, stage0, tmp_path / str(negative), [], steps=1, accumulate=2, negative=negative)
+        passed_on = gradients_at(monkeypatch, stage0, "guess_loss")
         stage0.main(cfg)
-        names = [n for n, _ in M.build("tiny").named_parameters()]
-        grads[negative] = dict(zip(names, steps[0], strict=True))
-    assert (grads[0.0]["predictor.last.bias"] - grads[0.0]["predictor.last.bias"].mean()).abs().max() < 0.1 * (
-        grads[0.0]["predictor.last.bias"].mean()) and grads[1.0]["predictor.last.bias"].abs().max() < (
-        0.1 * grads[0.0]["predictor.last.bias"].mean())
+        assert len(passed_on) == 2 and all(torch.equal(g, torch.full_like(g, share / g.numel())) for g in passed_on)
 
 
 def test_stage1_phases(chain, tmp_path, monkeypatch):
@@ -628,7 +625,7 @@ def test_the_anchor_is_on_velocities_at_all_times(chain, tmp_path, monkeypatch):
     drift, lam = held
     assert drift.item() == pytest.approx(4, abs=1e-4)
     line, = common.read_log(f"{cfg.out}/stage3")
-    assert lam == pytest.approx(0.7 * line["beta"] / (4 * 3.0))
+    assert lam == pytest.approx(0.7 * line["beta"] / (4 * 3.0), rel=1e-5)
 
 
 @pytest.mark.parametrize("own, names", [(False, ("lr", "win", "lose")), (True, ("lr", "noise"))])
