@@ -225,12 +225,16 @@ def passes(cfg):
 
 
 def verdicts(out_dir):
-    """What the log says, in plain words: whether the loss still falls, by the means of its last two quarters."""
+    """What the log says, in plain words: whether the loss still falls, by the means of its last two quarters. A line is
+    one batch, at its own times: changes under two standard errors are not told apart from chance."""
     losses = [line["loss"] for line in common.read_log(out_dir)]
     quarter = len(losses) // 4
     if quarter < 5:
         return ["too few log lines to say how training goes"]
-    before, now = (sum(x) / quarter for x in (losses[-2 * quarter:-quarter], losses[-quarter:]))
+    last = torch.tensor(losses[-2 * quarter:]).view(2, -1)
+    (before, now), noise = last.mean(dim=1).tolist(), 2 * (last.var(dim=1).sum() / quarter).sqrt().item()
+    if abs(now - before) < noise:
+        return [f"the loss is level, {before:.3f} to {now:.3f}, within what batches scatter (+- {noise:.3f})"]
     if now > 1.1 * before:
         return [f"the loss rises, {before:.3f} to {now:.3f}: lower lr"]
     if now > 0.97 * before:

@@ -978,6 +978,7 @@ def test_verdicts_on_what_changes_over_a_run(tmp_path):
 
 
 @pytest.mark.parametrize("losses, word", [([1.0] * 8, "too few"), ([1.0] * 40, "settled"),
+                                          ([1.0] * 20 + [0.2, 1.4] * 5 + [0.5, 1.7] * 5, "level"),
                                           ([1.0] * 30 + [2.0] * 10, "rises"),
                                           ([1 / (k + 1) for k in range(40)], "still falls")])
 def test_the_teachers_panel_says_how_training_goes(tmp_path, losses, word):
