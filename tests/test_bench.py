@@ -18,14 +18,16 @@ import stage2_dual
 TOY = dict(dim=48, layers=2, heads=2, ffn=80, text_dim=24, prompt_len=5)
 
 
-def dit_flops(N, dim, layers, heads, ffn, text_dim, prompt_len, backward=False, **other):
+def dit_flops(N, dim, layers, heads, ffn, text_dim, prompt_len, predictor=0, backward=False, **other):
     """FLOPs of one sample of N tokens through the DiT. Backward: two products for each of a layer, five for the two of
-    attention; inputs of the network get no gradient."""
+    attention; inputs of the network get no gradient, so none is passed on to them (to the first guess it is)."""
     block = 2 * N * dim * (6 * dim + 2 * ffn) + 4 * prompt_len * dim * dim
     attention = 4 * N * (N + prompt_len) * dim
-    first = 2 * (N * 128 * dim + prompt_len * text_dim * dim + 256 * dim)
-    rest = 2 * (prompt_len * dim * dim + 7 * dim * dim + N * dim * 64)
-    parts = first, layers * block + rest, layers * attention
+    guess = 2 * 4 * N * 9 * predictor                       # 3 x 3 latents; then 16 to the width, 6 of it, back to 16
+    first = 2 * (prompt_len * text_dim * dim + 256 * dim) + guess * 16
+    rest = 2 * (prompt_len * dim * dim + 7 * dim * dim + N * dim * 64) + guess * (6 * predictor + 16)
+    embed = 2 * N * 128 * dim
+    parts = first + (0 if predictor else embed), layers * block + rest + (embed if predictor else 0), layers * attention
     return sum(n * p for n, p in zip((2, 3, 3.5) if backward else (1, 1, 1), parts, strict=True))
 
 
@@ -66,7 +68,7 @@ def run(what, rows, capsys, *flags, repeats=2):
     return said
 
 
-@pytest.mark.parametrize("size", [TOY, TOY | dict(dim=64, heads=1, layers=3)])
+@pytest.mark.parametrize("size", [TOY, TOY | dict(dim=64, heads=1, layers=3), TOY | dict(predictor=8)])
 def test_flops_are_those_of_the_closed_form(size):
     net, flops = M.DiT(**size, learned=False), Counter()
     z, t = torch.randn(2, 16, 3, 4, 6), torch.rand(2)
@@ -122,7 +124,8 @@ def test_stage2_runs_the_iteration_of_stage2_dual(rows, capsys, monkeypatch):
     passes = {"student": 4, "real score": 8, "fake score": 8}                           # COST: 3 auxiliary, 1 student
     assert {k: rows[f"{k}, forward"][1] / forward for k in passes} == passes
     student, auxiliary = (rows[f"backward, {k}"][1] / forward for k in ("student update", "auxiliary updates"))
-    assert 4 < student < 5 and 6 < auxiliary < 7        # 2 + 1 + 1 and 3 x 2, the head and the weights of attention
+    guess = 1 - 2 * dit_flops(1 * 4 * 4, **M.MODELS["tiny"] | {"predictor": 0}) / forward   # no gradient goes to z_lr
+    assert 4 < student + 2 * guess < 5 and 6 < auxiliary < 7    # 2 + 1 + 1, 3 x 2; the head, the weights of attention
     parts = [numbers[1] for name, numbers in rows.items() if name != "one iteration" and "matmul" not in name]
     assert rows["one iteration"][1] == sum(parts) and not rows["clipping and optimiser steps"][1]
 

@@ -70,6 +70,8 @@ def test_a_forward_is_counted_in_closed_form():
     D, P = row["dim"], row["prompt_len"]
     block = 2 * N * (4 * D * D + 2 * D * D + 2 * D * row["ffn"]) + 2 * P * 2 * D * D + 4 * N * N * D + 4 * N * P * D
     ends = 2 * N * D * (2 * 16 * 4) + 2 * N * D * 64 + 2 * P * (64 * D + D * D) + 2 * (256 * D + D * D + 6 * D * D)
+    W = row["predictor"]
+    ends += 2 * 4 * N * 9 * (16 * W + 6 * W * W + W * 16)               # 3 x 3 of 4 N latents: the first guess
     flops, attention = cost.forward_flops("tiny", (16, 3, 24, 24))
     assert flops == row["layers"] * block + ends
     assert attention == pytest.approx(row["layers"] * 4 * N * N * D / flops)
