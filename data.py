@@ -158,20 +158,26 @@ class Clips:
     """The training set of a folder; item `index` of `epoch` is a function of (seed, epoch, index) alone.
 
     With videos and photographs 60 % of the clips come from videos (any window of any shot alike), 40 % are camera
-    moves over photographs. What cannot be used is skipped, with its name and the reason, and counted.
+    moves over photographs. Before a clip is made `survey` must be called; it decodes every file.
     """
 
     def __init__(self, folder, frames, size, strength, seed=0):
         self.folder, self.frames, self.size, self.seed = Path(folder), frames, size, seed
         self.strength = degradation.STRENGTHS.get(strength, strength)
-        self.shots, self.photos, self.skipped = [], [], []       # shots: (path, start, end)
         self.load = lru_cache(32)(media.read_image)
         if not self.folder.is_dir():
             what = "a file" if self.folder.is_file() else "no such folder"
             raise SystemExit(f"{folder}: {what}; name a folder with videos or photographs by --data")
-        for path in sorted(self.folder.rglob("*")):
-            if path.name.startswith(".") or path.suffix.lower() not in media.VIDEOS | media.IMAGES:
-                continue
+        self.files = sorted(path for path in self.folder.rglob("*") if not path.name.startswith(".")
+                            and path.suffix.lower() in media.VIDEOS | media.IMAGES and path.is_file())
+        if not self.files:
+            raise SystemExit(f"{self.folder}: no video or photograph; name a folder with some by --data")
+
+    def survey(self):
+        """Find the shots of all videos and try all photographs. What cannot be used is skipped, with its name and the
+        reason, and counted. Returns itself."""
+        self.shots, self.photos, self.skipped = [], [], []       # shots: (path, start, end)
+        for path in self.files:
             try:
                 self._add(path)
             except ValueError as e:
@@ -181,7 +187,8 @@ class Clips:
             print(f"{self.folder}: {len(self.skipped)} files skipped")
         if not self.shots and not self.photos:
             raise SystemExit(f"{self.folder}: no usable video or photograph; name a folder with some by --data")
-        self.windows = np.array([end - start - frames + 1 for _, start, end in self.shots])
+        self.windows = np.array([end - start - self.frames + 1 for _, start, end in self.shots])
+        return self
 
     def _add(self, path):
         video = path.suffix.lower() in media.VIDEOS
@@ -204,8 +211,7 @@ class Clips:
 
     def stamp(self):
         """What the pixels of a clip are made from: code, seed, degradation, and name, size and time of every file."""
-        files = sorted({p for p, _, _ in self.shots} | set(self.photos))
-        files = [(str(p.relative_to(self.folder)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+        files = [(str(p.relative_to(self.folder)), p.stat().st_size, p.stat().st_mtime_ns) for p in self.files]
         return [common.code(sys.modules[__name__], degradation, media), self.seed, asdict(self.strength), files]
 
     def hr(self, rng):
@@ -273,7 +279,7 @@ class Bank:
         row = sum(math.prod(s) for s in self.shapes)
         if not self.path.exists():
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._build(clips, row)
+            self._build(clips.survey(), row)
         if self.path.stat().st_size != n * row:
             raise SystemExit(f"{self.path}: clips cut short; remove this file, it is made again")
         self.rows = np.memmap(self.path, np.uint8, "r", shape=(n, row))
@@ -491,6 +497,7 @@ def prepare_latents(path, folder, model, vae, count, device="cpu", save_every=0)
     elif Path(path).exists():
         raise SystemExit(f"{path} exists and is no file of latents: name another")
 
+    clips.survey()
     common.make_folder(Path(path).parent)
     common.put_state(f"{path}.pt", about)
     if not whole:

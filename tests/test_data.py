@@ -55,7 +55,7 @@ def test_upsample():
 
 
 def test_clips_are_functions_of_seed_epoch_index(folder):
-    a, b = (data.Clips(folder, 5, 32, "light", seed=3) for _ in range(2))
+    a, b = (data.Clips(folder, 5, 32, "light", seed=3).survey() for _ in range(2))
     keys = [(0, 0), (0, 1), (1, 0), (0, 7)]
     forth = {k: a.clip(*k) for k in keys}
     back = {k: b.clip(*k) for k in reversed(keys)}
@@ -63,12 +63,12 @@ def test_clips_are_functions_of_seed_epoch_index(folder):
         high, low = forth[k]
         assert high.shape == (5, 32, 32, 3) and low.shape == (5, 8, 8, 3) and high.dtype == low.dtype == np.uint8
         assert np.array_equal(high, back[k][0]) and np.array_equal(low, back[k][1])
-    highs = [forth[k][0] for k in keys] + [data.Clips(folder, 5, 32, "light", seed=4).clip(0, 0)[0]]
+    highs = [forth[k][0] for k in keys] + [data.Clips(folder, 5, 32, "light", seed=4).survey().clip(0, 0)[0]]
     assert all(not np.array_equal(x, y) for i, x in enumerate(highs) for y in highs[:i])
 
 
 def test_windows_do_not_cross_a_cut(folder, monkeypatch):
-    clips = data.Clips(folder, 5, 32, NULL)
+    clips = data.Clips(folder, 5, 32, NULL).survey()
     assert [(p.name, a, b) for p, a, b in clips.shots] == [("cut.mkv", 0, 10), ("cut.mkv", 10, 22), ("one.mp4", 0, 9)]
     windows, read = set(), media.read_video
     monkeypatch.setattr(media, "read_video", lambda p, s, n: windows.add((p.name, s, n)) or read(p, s, n))
@@ -81,7 +81,7 @@ def test_windows_do_not_cross_a_cut(folder, monkeypatch):
 
 
 def test_both_kinds_of_sources_are_drawn(folder, monkeypatch):
-    clips = data.Clips(folder, 5, 32, NULL)
+    clips = data.Clips(folder, 5, 32, NULL).survey()
     drawn = []
     monkeypatch.setattr(data, "photo_clip", lambda *a: drawn.append("photo"))
     monkeypatch.setattr(media, "read_video", lambda *a: drawn.append("video") or np.zeros((5, 64, 96, 3), np.uint8))
@@ -150,7 +150,7 @@ def test_bad_files_are_skipped_with_their_reason(tmp_path, capsys):
     whole = (tmp_path / "cut_off.jpg").read_bytes()
     (tmp_path / "cut_off.jpg").write_bytes(whole[:len(whole) // 2])
     (tmp_path / "notes.txt").write_text("not media: not even mentioned")
-    clips = data.Clips(tmp_path, 5, 32, "light")
+    clips = data.Clips(tmp_path, 5, 32, "light").survey()
     said = capsys.readouterr().out.splitlines()
     for name, reason in (("small.mkv", "96x24 is smaller"), ("short.mkv", "no shot of 5 frames"),
                          ("broken.mp4", "not readable"), ("broken.png", "not readable"),
@@ -161,9 +161,12 @@ def test_bad_files_are_skipped_with_their_reason(tmp_path, capsys):
 
 
 def test_an_empty_folder_is_an_error(tmp_path):
-    for folder in (tmp_path, tmp_path / "missing"):
+    (tmp_path / "short").mkdir()
+    media.write_video(tmp_path / "short/short.mkv", scene(0, 3), 24)
+    for folder in (tmp_path / "short", tmp_path / "missing", tmp_path / "empty"):
         with pytest.raises(SystemExit, match="--data") as e:
-            data.Clips(folder, 5, 32, "light")
+            data.Clips(folder, 5, 32, "light").survey()
+        (tmp_path / "empty").mkdir(exist_ok=True)
         assert "\n" not in str(e.value)
 
 
@@ -199,7 +202,7 @@ def bank(folder, tmp_path_factory):
 
 
 def test_bank_holds_the_clips(folder, bank):
-    clips = data.Clips(folder, 5, 48, NULL)
+    clips = data.Clips(folder, 5, 48, NULL).survey()
     for i in (0, 5):
         assert np.array_equal(bank.rows[i], np.concatenate([x.ravel() for x in clips.clip(0, i)]))
     assert len(bank) == 6
@@ -274,7 +277,8 @@ def test_clips_that_do_not_fit_are_refused(monkeypatch, changes, words):
 def test_bank_is_made_once_and_for_these_settings(folder, tmp_path, monkeypatch):
     clips = data.Clips(folder, 5, 32, NULL)
     first = data.Bank(clips, 2, tmp_path, 32)
-    monkeypatch.setattr(data.Clips, "clip", lambda *a: pytest.fail("made again"))
+    for name in ("clip", "survey"):                          # nor is a file opened
+        monkeypatch.setattr(data.Clips, name, lambda *a: pytest.fail("made again"))
     assert data.Bank(clips, 2, tmp_path, 16).path == first.path                # the crop is cut later
     monkeypatch.undo()
     others = [data.Bank(clips, 3, tmp_path, 32),

@@ -1196,7 +1196,7 @@ def test_stages_train_on_cached_latents(chain, tmp_path, footage, monkeypatch):
         assert np.array_equal(np.fromfile(path, np.float16), whole)
     monkeypatch.setattr(vae, "encode", encode)
     assert data.read_latents_about(path)["done"] == about["done"] == 5
-    hr, lr = data.Clips(footage, 9, 48, "light").clip(0, 3)
+    hr, lr = data.Clips(footage, 9, 48, "light").survey().clip(0, 3)
     y, x = np.random.default_rng([0, 3]).integers(0, 5, 2)
     hr, lr = hr[:, 4 * y:4 * y + 32, 4 * x:4 * x + 32], lr[:, y:y + 8, x:x + 8]
     want = vae.encode(data.to_tensor(hr)[None]), vae.encode(data.upsample(data.to_tensor(lr)[None], (32, 32)))
