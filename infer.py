@@ -239,7 +239,7 @@ def jobs(source, target, resume=False):
             raise ValueError(f"{target}: one picture, but {source} is no picture; name a folder, .mp4 or .mkv")
         if picture and not target.suffix:
             target /= f"{source.stem}.png"
-            if target.exists():                         # the user has not named this file
+            if target.exists() and not resume:          # the user has not named this file
                 raise ValueError(f"{target}: exists; name another folder")
         return [([source], target)]
     files = media.files_in(source, media.VIDEOS | media.IMAGES)
@@ -257,6 +257,10 @@ def jobs(source, target, resume=False):
             print(f"{source}: numbers are missing before {gaps[0]}; the pictures are taken as successive frames",
                   file=sys.stderr)
         return [(files, target)]
+    for odd, others in ((files[0], files[1:]), (files[-1], files[:-1])):
+        if len(others) > 1 and media.numbered(others):
+            print(f"{source}: {len(files)} separate files, not a clip, as {odd.name} is not numbered like the others",
+                  file=sys.stderr)
     if target.suffix:
         raise ValueError(f"{target}: {source} holds {len(files)} separate files; name a folder")
     outputs = [target / (p.stem + (".mp4" if p.suffix.lower() in media.VIDEOS else ".png")) for p in files]

@@ -286,7 +286,14 @@ def test_what_is_left_out_of_a_folder_is_said(plain, tmp_path, capsys):
         Image.fromarray(scene(0, 1)[0]).save(tmp_path / f"mixed/f_{i}_t{33 * i}.png")
     (tmp_path / "mixed/a.mkv").unlink()
     infer.main([str(tmp_path / "mixed"), str(tmp_path / "two.mkv")])
-    assert "missing" not in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "missing" not in err and "separate" not in err
+    for name in ("cover", "poster"):                                            # first, and last, of the sorted names
+        Image.fromarray(scene(0, 1)[0]).save(tmp_path / f"mixed/{name}.png")
+        infer.main([str(tmp_path / "mixed"), str(tmp_path / name)])
+        said = f"mixed: 3 separate files, not a clip, as {name}.png is not numbered like the others\n"
+        assert said in capsys.readouterr().err and len(list((tmp_path / name).iterdir())) == 3
+        (tmp_path / f"mixed/{name}.png").unlink()
 
 
 def test_times_that_vary_are_kept(plain, tmp_path):
@@ -417,6 +424,11 @@ def test_one_picture(plain, tmp_path):
     for target in ("b.png", "c.mp4", "d"):
         infer.main([str(tmp_path / "a.png"), str(tmp_path / target)])
     assert media.read_image(tmp_path / "b.png").shape == media.read_image(tmp_path / "d/a.png").shape == (256, 384, 3)
+    with pytest.raises(SystemExit, match="a.png: exists"):                      # not named by the user: kept
+        infer.main([str(tmp_path / "a.png"), str(tmp_path / "d")])
+    before = len(plain)
+    infer.main([str(tmp_path / "a.png"), str(tmp_path / "d"), "--resume"])      # is done
+    assert len(plain) == before
     assert len(media.read_video(tmp_path / "c.mp4")) == 1
     kept = (tmp_path / "a.png").read_bytes()
     for folder in (tmp_path, tmp_path / "d"):                                   # a.png beside the input; made before
