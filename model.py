@@ -267,7 +267,7 @@ class DiT(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """Wan's initialisation, and zeros for the input columns of z_lr, which a fresh network ignores."""
+        """Wan's initialisation, and zeros for the input columns of z_lr, which fresh blocks ignore."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
