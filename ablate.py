@@ -497,4 +497,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    with common.interruptible("add --resume to go on"):
+        main()

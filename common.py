@@ -56,13 +56,20 @@ def parse_config(Config, presets, argv=None):
 
 
 def run(main, Config, presets):
-    """main with the constants of the command line. Ctrl-C is one line, and ends a shell script around it as well."""
+    """main with the constants of the command line."""
     cfg = parse_config(Config, presets)
-    try:
+    with interruptible("add --resume to go on from the last checkpoint"):
         main(cfg)
+
+
+@contextlib.contextmanager
+def interruptible(advice):
+    """Ctrl-C inside is one line, and ends at once, a shell script around it as well."""
+    try:
+        yield
     except KeyboardInterrupt:
         if int(os.environ.get("RANK", 0)) == 0:
-            print("\ninterrupted; add --resume to go on from the last checkpoint", file=sys.stderr)
+            print(f"\ninterrupted; {advice}", file=sys.stderr)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.raise_signal(signal.SIGINT)
 
@@ -255,8 +262,8 @@ def continue_from(path, cfg, saved):
         return 0
     state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # cpu: else all ranks share GPU 0
     if state.get("source", saved.get("source")) != saved.get("source"):
-        raise SystemExit(f"{path}: made from another checkpoint of the stage before, or from other clips; remove it to "
-                         "start again, or name another --out")
+        raise SystemExit(f"{path}: made from another checkpoint of the stage before, or from other clips (an edit "
+                         "of their code makes others); remove it to start again, or name another --out")
     for name, part in saved.items():
         if name == "source":
             continue
@@ -290,7 +297,7 @@ def make_folder(path):
 def start_run(out_dir, cfg):
     """Make out_dir and write run.json (config, command, commit, versions), unless another run is there.
 
-    Lines of log.jsonl after the checkpoint belong to steps that will be done again: they are dropped.
+    Lines of its logs after the checkpoint belong to steps that will be done again: they are dropped.
     """
     last = f"{out_dir}/last.pt"
     if os.path.exists(last) and not cfg.resume:
@@ -315,8 +322,9 @@ def start_run(out_dir, cfg):
              "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}
     if step < vars(cfg).get("steps", state["total"]):                   # what has ended keeps its own
         put(f"{out_dir}/run.json", json.dumps(about, indent=2))
-    kept = [line for line in read_log(out_dir) if line["step"] <= step]
-    put(f"{out_dir}/log.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
+    for name in {"log.jsonl", *(name for name in os.listdir(out_dir) if name.endswith(".jsonl"))}:
+        kept = [line for line in read_log(out_dir, name) if line["step"] <= step]
+        put(f"{out_dir}/{name}", "".join(json.dumps(line) + "\n" for line in kept))
 
 
 @functools.cache                # once: a run goes on with the code that it has read, whatever is edited meanwhile
@@ -349,8 +357,7 @@ def commit():
 def log(out_dir, bar, step, **values):
     """One JSON line in out_dir/log.jsonl and the same numbers behind the progress bar."""
     values = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in values.items()}
-    with open(f"{out_dir}/log.jsonl", "a") as f:
-        f.write(json.dumps({"step": step, **values}) + "\n")
+    log_row(out_dir, "log.jsonl", step, **values)
     bar.set_postfix_str(" ".join(f"{k} {v:.3g}" for k, v in values.items()))
 
 
@@ -367,9 +374,9 @@ def read_log(out_dir, name="log.jsonl"):
 
 
 def log_row(out_dir, name, step, **values):
-    """One JSON line in out_dir/name, in place of those that a stopped run wrote at this step or later."""
-    rows = [row for row in read_log(out_dir, name) if row["step"] < step] + [{"step": step, **values}]
-    put(f"{out_dir}/{name}", "".join(json.dumps(row) + "\n" for row in rows))
+    """One JSON line in out_dir/name."""
+    with open(f"{out_dir}/{name}", "a") as f:
+        f.write(json.dumps({"step": step, **values}) + "\n")
 
 
 def panel(path, columns, verdicts=()):

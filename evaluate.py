@@ -233,8 +233,11 @@ def outputs(row, source, clips, folder, seed, device):
             upscaler(clip["lr"], steps=source["steps"], w=source["w"], seed=seed))
         results[i] = frames, time.perf_counter() - start
         keep(*targets[i], *results[i], clip["fps"])
-    with ThreadPoolExecutor(workers) as pool:
+    pool = ThreadPoolExecutor(workers)
+    try:
         list(tqdm(pool.map(make_clip, missing), f"{row:10}", len(missing), leave=False))
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)                  # Ctrl-C waits for no clip: one takes minutes
     return results
 
 
@@ -472,8 +475,10 @@ def make(cfg, device):
         state = M.read_checkpoint(path)
         if state["step"] < state["total"]:
             warnings.append(f"{path}: unfinished, step {state['step']} of {state['total']}")
-    for n in (2, 3):
+    for n in (1, 2, 3):
         before, path = (f"{cfg.out}/stage{k}/last.pt" for k in (n - 1, n))
+        if n == 1 and isinstance(rows["teacher1"], dict):
+            before = rows["teacher1"]["path"]                           # maybe the one that ships
         made_from = M.read_checkpoint(path).get("source") if os.path.isfile(path) else None     # an export names none
         if made_from is not None and os.path.isfile(before) and common.contents(before) not in made_from:
             warnings.append(f"{path}: made from another {before} than the one that is there")
@@ -550,4 +555,5 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    main(common.parse_config(Config, PRESETS))
+    with common.interruptible("the clips that are done are kept; the same command makes the others"):
+        main(common.parse_config(Config, PRESETS))

@@ -41,7 +41,8 @@ def run(tmp_path, monkeypatch):
     write_clips(tmp_path / "val")
     for n in (0, 1, 3):
         (tmp_path / f"out/stage{n}").mkdir(parents=True)
-        torch.save(fake(n), tmp_path / f"out/stage{n}/last.pt")
+        made_from = {"source": common.contents("out/stage0/last.pt")} if n == 1 else {}
+        torch.save(fake(n) | made_from, tmp_path / f"out/stage{n}/last.pt")
     calls = []
 
     def load(path, part, device):
@@ -71,6 +72,11 @@ def test_unfinished_and_older_stages_are_named(run, tmp_path):
     torch.save(fake(2) | {"source": common.contents("out/stage1/last.pt")}, "out/stage2/last.pt")
     assert said() == ["out/stage3/last.pt: made from another out/stage2/last.pt than the one that is there"]
     cfg.student = "out/stage3/last.pt"                                  # the run's own, not one that stands in
+    torch.save(fake(1) | {"source": common.contents("out/stage2/last.pt")}, "out/stage1/last.pt")       # no teacher's
+    torch.save(fake(2) | {"source": common.contents("out/stage1/last.pt")}, "out/stage2/last.pt")
+    assert "out/stage1/last.pt: made from another out/stage0/last.pt than the one that is there" in said()
+    torch.save(fake(1) | {"source": common.contents("out/stage0/last.pt")}, "out/stage1/last.pt")
+    assert not any("stage1/last.pt: made" in warning for warning in said())
     torch.save({k: v for k, v in fake(2).items() if k != "source"} | {"config": {"model": "tiny"}},     # as exported
                "out/stage2/last.pt")
     shutil.copy("out/stage2/last.pt", "out/stage1/last.pt")             # nor has it a cfg_w
@@ -80,6 +86,7 @@ def test_unfinished_and_older_stages_are_named(run, tmp_path):
 def test_an_unfinished_teacher_of_two_rows_is_named_once(run, tmp_path):
     cfg, _ = run
     torch.save(fake(0) | {"total": 5}, "out/stage0/last.pt")
+    torch.save(fake(1) | {"source": common.contents("out/stage0/last.pt")}, "out/stage1/last.pt")
     evaluate.main(cfg)
     warnings = json.loads((tmp_path / "out/report/metrics.json").read_text())["warnings"]
     assert warnings == ["out/stage0/last.pt: unfinished, step 0 of 5"]

@@ -768,6 +768,20 @@ def test_ctrl_c_is_one_line_with_the_remedy(tmp_path):
     assert child.returncode == -signal.SIGINT
 
 
+def test_a_new_run_keeps_no_row_of_an_old_one(tmp_path):
+    """Of any log: one whose checkpoint was removed to start again, or that was stopped after its last checkpoint."""
+    cfg = stage2.Config()
+    for name in ("log.jsonl", "offsets.jsonl"):
+        (tmp_path / name).write_text('{"step": 1}\n{"step": 2}\n{"step": 3, "cut sh')
+    torch.save({"step": 1, "total": 9, "config": {}, "samples": common.samples(cfg)}, tmp_path / "last.pt")
+    cfg.resume = True
+    common.start_run(str(tmp_path), cfg)
+    assert [common.read_log(tmp_path, name) for name in ("log.jsonl", "offsets.jsonl")] == [[{"step": 1}]] * 2
+    (tmp_path / "last.pt").unlink()
+    common.start_run(str(tmp_path), cfg)
+    assert not common.read_log(tmp_path) and not common.read_log(tmp_path, "offsets.jsonl")
+
+
 def first_and_last(scores):
     return 0, len(scores) - 1, 1.0
 
