@@ -5,6 +5,7 @@ import contextlib
 import ctypes
 import datetime
 import functools
+import glob
 import hashlib
 import inspect
 import json
@@ -322,7 +323,7 @@ def start_run(out_dir, cfg):
              "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}
     if step < vars(cfg).get("steps", state["total"]):                   # what has ended keeps its own
         put(f"{out_dir}/run.json", json.dumps(about, indent=2))
-    for name in {"log.jsonl", *(name for name in os.listdir(out_dir) if name.endswith(".jsonl"))}:
+    for name in glob.glob("*.jsonl", root_dir=out_dir):
         kept = [line for line in read_log(out_dir, name) if line["step"] <= step]
         put(f"{out_dir}/{name}", "".join(json.dumps(line) + "\n" for line in kept))
 

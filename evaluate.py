@@ -25,6 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib import metadata
+from itertools import pairwise
 from pathlib import Path
 
 import imageio_ffmpeg
@@ -475,10 +476,8 @@ def make(cfg, device):
         state = M.read_checkpoint(path)
         if state["step"] < state["total"]:
             warnings.append(f"{path}: unfinished, step {state['step']} of {state['total']}")
-    for n in (1, 2, 3):
-        before, path = (f"{cfg.out}/stage{k}/last.pt" for k in (n - 1, n))
-        if n == 1 and isinstance(rows["teacher1"], dict):
-            before = rows["teacher1"]["path"]                           # maybe the one that ships
+    teacher = rows["teacher1"]["path"] if isinstance(rows["teacher1"], dict) else ""
+    for before, path in pairwise([teacher, *(f"{cfg.out}/stage{n}/last.pt" for n in (1, 2, 3))]):
         made_from = M.read_checkpoint(path).get("source") if os.path.isfile(path) else None     # an export names none
         if made_from is not None and os.path.isfile(before) and common.contents(before) not in made_from:
             warnings.append(f"{path}: made from another {before} than the one that is there")
