@@ -497,7 +497,8 @@ def prepare_latents(path, folder, model, vae, count, device="cpu", save_every=0)
     elif Path(path).exists():
         raise SystemExit(f"{path} exists and is no file of latents: name another")
 
-    clips.survey()
+    if about["done"] < count:
+        clips.survey()
     common.make_folder(Path(path).parent)
     common.put_state(f"{path}.pt", about)
     if not whole:
@@ -656,4 +657,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    with common.interruptible("the same command again; latents go on where they stopped"):
+        main()

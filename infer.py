@@ -351,8 +351,6 @@ def main(argv=None):
                 print(error, file=sys.stderr)       # one bad file of a folder does not stop the others
     except (ValueError, OSError) as error:
         raise SystemExit(str(error)) from None
-    except KeyboardInterrupt:
-        raise SystemExit("interrupted; the same command with --resume goes on after the last whole chunk") from None
     except (RuntimeError, MemoryError) as error:
         if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "allocate memory" not in str(error):
             raise
@@ -370,4 +368,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    with common.interruptible("the same command with --resume goes on after the last whole chunk"):
+        main()

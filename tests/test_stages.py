@@ -768,6 +768,16 @@ def test_ctrl_c_is_one_line_with_the_remedy(tmp_path):
     assert child.returncode == -signal.SIGINT
 
 
+@pytest.mark.parametrize("script", ["ablate", "data", "evaluate", "infer"])
+def test_ctrl_c_ends_the_other_scripts_likewise(script):
+    code = ("import common, runpy, signal\n"
+            "def stop(*args): raise KeyboardInterrupt\n"
+            f"common.command_line = stop; runpy.run_path({script + '.py'!r}, run_name='__main__')")
+    child = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert child.stderr.startswith("\ninterrupted; ") and child.stderr.count("\n") == 2
+    assert child.returncode == -signal.SIGINT
+
+
 def test_a_new_run_keeps_no_row_of_an_old_one(tmp_path):
     """Of any log: one whose checkpoint was removed to start again, or that was stopped after its last checkpoint."""
     cfg = stage2.Config()
