@@ -120,7 +120,7 @@ def photo_clip(photos, rng, frames, size):
     plane = torch.stack(torch.meshgrid(r, r, indexing="xy"), -1).expand(frames, -1, -1, -1)
     ground = photos[0]
     shift, zoom, angle = random_motion(rng, frames, speed=3.0)
-    zoom = np.exp(zoom + rng.uniform(0, 0.25))                       # never enlarged: photographs are soft enough
+    zoom = np.exp(zoom - zoom.min() + rng.uniform(0, 0.25))          # never enlarged: photographs are soft enough
     room = [max(side / 2 - 0.6 * size * zoom.max(), 1) for side in ground.shape[1::-1]]
     places = [np.array(ground.shape[1::-1]) / 2 + rng.uniform(-1, 1, 2) * room for _ in range(3)]
     half = size // 2
@@ -133,7 +133,7 @@ def photo_clip(photos, rng, frames, size):
     for _ in range(rng.integers(1, 3)):
         piece = photos[rng.integers(len(photos))]
         shift, zoom, angle = random_motion(rng, frames, speed=5.0)
-        zoom = np.exp(zoom)
+        zoom = np.exp(zoom - zoom.min())
         where = rng.uniform(-0.45, 0.45, 2) * size + shift
         centre = torch.tensor([rng.uniform(0.3, 0.7) * side for side in piece.shape[1::-1]])
         radius = rng.uniform(0.1, 0.28) * size

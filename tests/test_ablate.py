@@ -307,6 +307,20 @@ def test_paired_bootstrap_of_symmetric_differences_holds_0():
     assert ablate.sentence("A", "B", {"niqe": (mean, lo, hi)}).startswith("no difference shown between A and B in NIQE")
 
 
+def test_a_gain_whose_interval_holds_0_beats_nobody():
+    for mean in (0.1, -0.1):
+        said = ablate.sentence("A", "B", {"niqe": (mean, mean - 0.2, mean + 0.2)})
+        assert said == (f"no difference shown between A and B in NIQE: {mean:+.2f} "
+                        f"({mean - 0.2:.2f} to {mean + 0.2:.2f})")
+    assert ablate.sentence("A", "B", {"niqe": (-0.3, -0.5, -0.1)}) == "B beats A in NIQE: +0.30 (0.10 to 0.50)"
+
+
+def test_an_interval_holds_95_percent():
+    d = np.random.default_rng(0).normal(0, 1, (1, 400))
+    _, lo, hi = ablate.compare(numbers(-d), numbers(0 * d))["niqe"]
+    assert hi - lo == pytest.approx(2 * 1.96 * d.std() / 20, rel=0.06)
+
+
 def test_what_a_seed_or_a_clip_shares_counts_once():
     """Differences that belong to three seeds alone: twelve pairs are no more than three draws."""
     x, d = np.zeros((3, 4)), np.array([[0.3], [0.1], [-0.1]])

@@ -80,6 +80,18 @@ def test_windows_do_not_cross_a_cut(folder, monkeypatch):
     assert len(starts) > 9
 
 
+def test_every_window_of_every_shot_may_be_drawn(tmp_path):
+    """A shot of exactly one window, then one of eight."""
+    media.write_video(tmp_path / "cut.mkv", np.concatenate([scene(1, 5), 255 - scene(2, 12)]), 24)
+    assert data.Clips(tmp_path, 5, 64, NULL).survey().windows.tolist() == [1, 8]
+
+
+def test_most_crops_are_the_richest_of_their_clip():
+    rng = np.random.default_rng(0)
+    drawn = [data.pick(rng, [1, 3, 2], lambda place: place) for _ in range(1000)]
+    assert drawn.count(3) / 1000 == pytest.approx(0.7, abs=0.05) and drawn.count(2) == 0
+
+
 def test_both_kinds_of_sources_are_drawn(folder, monkeypatch):
     clips = data.Clips(folder, 5, 32, NULL).survey()
     drawn = []
@@ -103,6 +115,20 @@ def test_photographs_move_and_have_layers():
         soft = (clip[..., 0] > 150) & (clip[..., 0] < 230)
         assert covered[-1] == 0 or soft.any()                # the edge of a piece is soft
     assert max(covered) > 0.03 and max(covered) < 0.8
+
+
+def test_photographs_move_at_their_speed_and_are_never_enlarged(monkeypatch):
+    steps, drift = [], []
+    for seed in range(300):
+        shift, zoom, _ = data.random_motion(np.random.default_rng(seed), 21, 3.0)
+        steps.append(np.median(np.hypot(*np.diff(shift, axis=0).T)))
+        drift.append(np.ptp(zoom) / 20)
+    assert 1 < np.median(steps) < 2.2 and max(steps) < 4.5 and 0.001 < np.std(drift) < 0.004
+    zooms, turn = [], data.turn
+    monkeypatch.setattr(data, "turn", lambda xy, angle, zoom: zooms.append(zoom) or turn(xy, angle, zoom))
+    for seed in range(40):
+        data.photo_clip([scene(6, 1, 160, 200)[0]], np.random.default_rng(seed), 21, 32)
+    assert min(z.min() for z in zooms) >= 1 and max(z.max() for z in zooms) > 1.2
 
 
 def test_motion_of_photographs_is_exact(monkeypatch):
@@ -223,6 +249,17 @@ def test_crops_of_hr_and_lr_belong_together(bank):
     assert len(differ) == 24                                 # each visit sees another crop or flip
     again = bank.crop(2, 3)
     assert all(np.array_equal(a, b) for a, b in zip(again, bank.crop(2, 3), strict=True))
+
+
+def test_targets_that_are_asked_for_soft_are_soft_and_no_other(bank):
+    hr, lr = bank.batch(0, 2)
+    vae, u = M.PatchVAE(), torch.tensor([0.5, 0.0])
+    vae.fit(hr)
+    z_hr, z_lr = bank.latents(vae, 0, 2, "cpu", torch.tensor([False, True]), u)
+    torch.testing.assert_close(z_lr, vae.encode(data.upsample(lr, hr.shape[-2:])))
+    torch.testing.assert_close(z_hr[0], vae.encode(hr)[0])
+    torch.testing.assert_close(z_hr[1], vae.encode(data.soften(hr, 0.7 + 0.8 * u))[1])
+    assert not torch.equal(z_hr[1], vae.encode(hr)[1])
 
 
 def test_an_epoch_visits_every_clip_once(bank, monkeypatch):

@@ -39,6 +39,21 @@ def test_kernels():
         assert k.shape[0] == n and k.shape[1] in range(7, 22, 2) and np.allclose(k.sum((1, 2)), 1)
 
 
+def test_beta_is_an_exponent():
+    two = np.full(1, 2.0)
+    for plateau, want in ((False, np.exp(-8)), (True, 1 / 17)):         # 4 px are two sigma: q = 4, to the power of 2
+        k = degradation.gaussian_kernels(9, two, two, 0 * two, two, plateau)[0]
+        assert k[4, 8] / k[4, 4] == pytest.approx(want)
+
+
+def test_kinds_are_as_long_as_wide_unless_they_say_otherwise(monkeypatch):
+    seen, kinds = [], [kind for kind in degradation.KERNELS if kind != "sinc"]
+    monkeypatch.setattr(degradation, "gaussian_kernels", lambda size, x, y, *a, plateau: seen.append((x == y).all()))
+    for kind in kinds:
+        degradation.random_kernels(np.random.default_rng(0), 3, (7, 7), (0.2, 3), {kind: 1})
+    assert seen == ["aniso" not in kind for kind in kinds]
+
+
 def test_one_kernel_type_per_clip_with_the_listed_probabilities(monkeypatch):
     made = []
     monkeypatch.setattr(degradation, "sinc_kernels", lambda size, omega: made.append(("sinc", len(omega))))
@@ -91,6 +106,12 @@ def test_resize_modes():
         assert degradation.resize(x, (24, 30), mode).shape[-2:] == (24, 30)
 
 
+def test_bytes_are_rounded():
+    """Cut off, each of the five conversions of a clip would make it half a level darker."""
+    x = torch.tensor([0.6, 1.4, 99.6, 254.7]).div(255).view(1, 1, 1, 4).expand(1, 3, 1, 4)
+    assert degradation.to_bytes(x)[0, 0, :, 0].tolist() == [1, 1, 100, 255]
+
+
 def test_poisson_noise_in_units_of_one():
     rng = np.random.default_rng(0)
     x = torch.from_numpy(rng.random((1, 3, 256, 256), dtype=np.float32))
@@ -111,6 +132,16 @@ def test_gaussian_noise():
     assert abs(np.corrcoef(noise[0].ravel(), noise[1].ravel())[0, 1]) < 0.05   # fresh in each frame
     gray = degradation.gaussian_noise(rng, x, np.array([5, 5]) / 255, True) - x
     assert torch.allclose(gray[:, 0], gray[:, 2]) and not torch.allclose(noise[:, 0], noise[:, 2])
+
+
+def test_the_strength_of_gaussian_noise_is_drawn_in_grey_levels():
+    x = torch.full((1, 3, 64, 64), 0.5)
+    noise = [255 * (degradation.random_noise(np.random.default_rng(seed), x, (10, 10), (0, 0), 0.4) - x)
+             for seed in range(400)]
+    noise = [n for n in noise if n.abs().max() > 0]                     # the others are Poisson's, of strength 0
+    assert noise[0].std().item() == pytest.approx(10, rel=0.05) and 150 < len(noise) < 250
+    gray = [bool((n[:, 0] == n[:, 1]).all()) for n in noise]            # the same in all colours
+    assert np.mean(gray) == pytest.approx(0.4, abs=0.1)
 
 
 def test_jpeg_channels_and_quality():
@@ -197,6 +228,23 @@ def test_random_resize_is_even_and_one_size():
         seen.add(out.shape[2])
     assert min(seen) < 30 and max(seen) > 60
 
+    def heights(*prob):
+        return [degradation.random_resize(np.random.default_rng(seed), x[:1], prob, (0.5, 1.5), 0).shape[2]
+                for seed in range(20)]
+    up, down = heights(1, 0, 0), heights(0, 1, 0)
+    assert 50 <= min(up) and max(up) > 60 and max(down) <= 50 and min(down) < 40 and set(heights(0, 0, 1)) == {50}
+
+
+def test_each_round_has_its_own_ranges(monkeypatch):
+    s, seen = dataclasses.replace(degradation.REALBASICVSR, blur_prob=(1, 1), sinc_prob=0, video_prob=(0, 0)), []
+    monkeypatch.setattr(degradation, "random_kernels", lambda rng, n, *a: seen.append(a) or np.ones((n, 1, 1)))
+    for name in ("random_resize", "random_noise"):
+        monkeypatch.setattr(degradation, name, lambda rng, x, *a: seen.append(a) or x)
+    degradation.degrade(hr(0, 2, 32), np.random.default_rng(0), s)
+    assert seen == [arguments for i in (0, 1) for arguments in (
+        (s.kernel, s.sigma[i]), (s.resize_prob[i], s.resize_scale[i], s.resize_step[i]),
+        (s.gaussian[i], s.poisson[i], s.gray_prob))]
+
 
 def test_order_of_operations(monkeypatch):
     """The list of RealBasicVSR from top to bottom; only its last two may change places."""
@@ -240,3 +288,9 @@ def test_sharpening_is_off_unless_asked():
                    for usm in (False, True))
     assert sharp.astype(float).std() > 1.02 * soft.astype(float).std()
     assert not degradation.LIGHT.usm and not degradation.REALBASICVSR.usm
+
+
+@pytest.mark.parametrize("strength", ["light", "realbasicvsr"])
+def test_a_wide_clip_stays_wide(strength):
+    lr = degradation.degrade(scene(0, 2, 32, 64) / np.float32(255), np.random.default_rng(0), strength)
+    assert lr.shape == (2, 8, 16, 3)

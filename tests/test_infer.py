@@ -325,6 +325,14 @@ def test_phone_video_is_turned_and_ten_bits_are_rounded(plain, tmp_path):
     assert out.shape == (3, 192, 128, 3) and abs(out.mean() - 100) < 0.6        # truncation would be off by one
 
 
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+def test_pixels_that_are_not_square_stay_so(plain, tmp_path, suffix):
+    media.encode(tmp_path / "in.mkv", scene(0, 3), 24, aspect="16:11")
+    assert media.video_info(tmp_path / "in.mkv")["aspect"] == "16:11"
+    infer.main([str(tmp_path / "in.mkv"), str(tmp_path / f"out{suffix}")])
+    assert media.video_info(tmp_path / f"out{suffix}")["aspect"] == "16:11"
+
+
 def test_constants_survive_exactly(plain, tmp_path):
     frames = np.stack([np.full((16, 16, 3), v, np.uint8) for v in (0, 1, 127, 128, 254, 255)])
     media.write_video(tmp_path / "in.mkv", frames, 24)

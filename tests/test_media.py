@@ -149,7 +149,8 @@ def test_frames_are_where_they_are_in_every_container(tmp_path, name, options):
         assert np.array_equal(media.read_video(path, start, 2), back[start:start + 2]), start
 
 
-@pytest.mark.parametrize("h, w, matrix", [(32, 1280, "bt709"), (592, 592, "bt709"), (64, 64, "smpte170m")])
+@pytest.mark.parametrize("h, w, matrix", [(32, 1280, "bt709"), (592, 592, "bt709"), (64, 64, "smpte170m"),
+                                          (576, 720, "smpte170m")])
 def test_untagged_video_is_read_as_players_read_it(tmp_path, h, w, matrix):
     frame = np.full((2, h, w, 3), (200, 60, 40), np.uint8)
     filters = f"scale=out_color_matrix={matrix}:out_range=tv,setparams=colorspace=unknown:range=tv,format=yuv420p"

@@ -221,6 +221,14 @@ def test_patch_code_is_the_best_linear_one():
     assert (vae.basis.gather(0, vae.basis.abs().argmax(0, keepdim=True)) > 0).all()     # the same signs on every rank
 
 
+def test_channels_are_scaled_by_the_root_of_their_deviation():
+    """Which decides how much a loss of latents counts each of them."""
+    vae, video = M.PatchVAE(), smooth_video()
+    vae.fit(video)
+    ratio = (vae.encode(video).transpose(0, 1).flatten(1).std(1) / vae.scale)[:8]      # both go as it does
+    torch.testing.assert_close(ratio, ratio[:1].expand(8), rtol=0.02, atol=0)
+
+
 def test_patch_code_overlaps():
     vae = M.PatchVAE()
     video = torch.randn(1, 3, 5, 24, 32)

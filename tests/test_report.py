@@ -6,6 +6,7 @@ import subprocess
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import evaluate
 import report
@@ -137,9 +138,30 @@ def test_what_is_best_where_hr_has_it_is_marked_there():
     rows = {"a": {"grid": 1.0}, "b": {"grid": 1.05}, "HR": {"grid": 1.06}}
     assert report.best_rows(rows, "grid", "hr", 3) == {"b"}
     assert report.best_rows({k: rows[k] for k in "ab"}, "grid", "hr", 3) == {"a"}
+    rows = {"a": {"psnr": 20.0}, "b": {"psnr": 21.0}, "HR": {"psnr": None}}
+    assert report.best_rows(rows, "psnr", "up", 2) == {"b"}
 
 
 def test_a_niqe_below_that_of_hr_is_no_better_than_it():
     rows = {"blur": {"niqe": 7.7}, "grain": {"niqe": 4.4}, "near": {"niqe": 4.9}, "HR": {"niqe": 4.93}}
     assert report.best_rows(rows, "niqe", "down", 2) == {"grain", "near"}
     assert report.best_rows({k: rows[k] for k in ("blur", "grain", "near")}, "niqe", "down", 2) == {"grain"}
+
+
+def test_a_panel_shows_one_place_the_busiest_in_the_middle_frame(tmp_path):
+    hr = np.zeros((3, 320, 480, 3), np.uint8)
+    hr[1, 200:, 330:] = np.random.default_rng(0).integers(0, 256, (120, 150, 3))
+    hr[:, 60] = np.array([0, 90, 180])[:, None, None]                   # changes most, and is flat
+    lr = hr[:, ::4, ::4]
+    assert report.busiest(hr, 160) == (156, 316)
+    report.write_panel(tmp_path / "p.png", [{"LR": lr, "HR": hr}], {"HR": "x"})
+    panel = np.asarray(Image.open(tmp_path / "p.png"))[40:]             # below the titles
+    assert np.array_equal(panel[:, :320], lr[1, 39:79, 79:119].repeat(8, 0).repeat(8, 1))
+    assert np.array_equal(panel[:, 326:], hr[1, 156:316, 316:476].repeat(2, 0).repeat(2, 1))
+
+
+def test_a_profile_is_of_the_row_that_changes_most():
+    hr = np.zeros((3, 64, 96, 3), np.uint8)
+    hr[:, 40] = np.array([0, 90, 180])[:, None, None]
+    y, pictures = report.profiles({"LR": hr[:, ::4, ::4], "HR": hr})
+    assert y == 40 and pictures["LR"] == report.embed(hr[:, 40, ::4], "PNG")

@@ -112,6 +112,13 @@ def test_dry_run_of_the_other_stages(capsys):
     whole = said(capsys, stage3, ["--preset", "wan1.3b", "--lora", "0"])[0]
     adapters, text = said(capsys, stage3, ["--preset", "wan1.3b"])
     assert adapters["bytes"] < 0.6 * whole["bytes"] and "adapted" in text
+    size, = (float(line.split()[-1]) for line in text.splitlines() if " adapted " in line)
+    with torch.device("meta"):
+        net = M.build("wan1.3b")
+        count = sum(p.numel() for p in net.parameters())
+        lora = sum(p.numel() for p in M.LoRA(net, stage3.PRESETS["wan1.3b"]["lora"]).parameters())
+    # frozen fp32 weights; of the adapters weights, gradient, AdamW's two moments, and a bf16 copy
+    assert size == pytest.approx((4 * count + 18 * lora) / 1e9, abs=0.01)
     for preset, tokens in (([], "720 tokens"), (["--preset", "wan1.3b"], "9600 tokens")):
         total, text = said(capsys, stage0, [*preset, "--accumulate", "1"])
         assert total["forwards"] == (4 if preset else 3) and tokens in text        # one more with checkpointing
@@ -119,6 +126,15 @@ def test_dry_run_of_the_other_stages(capsys):
         assert total["forwards"] == (6 if preset else 5) and tokens in text        # and the teacher's two
     with pytest.raises(SystemExit, match="batch 0: at least 1"):
         said(capsys, stage2, ["--batch", "0"])
+
+
+def test_a_pass_over_two_samples_costs_twice_one(capsys):
+    """Stage III passes a winner and a loser of each pair."""
+    cfg = stage3.Config(**stage3.PRESETS["tiny"])
+    one, two = (cost.report("x", cfg, stage3.passes(cfg), clips=n) for n in (1, 2))
+    assert two["flops"] == 2 * one["flops"] and two["forwards"] == one["forwards"]
+    asked = said(capsys, stage3, [])[0]
+    assert asked == two and two["bytes"] > one["bytes"]
 
 
 @pytest.mark.parametrize("kind", ["trained", "adapted"])

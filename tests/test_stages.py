@@ -1221,9 +1221,12 @@ def test_stages_train_on_cached_latents(chain, tmp_path, footage, monkeypatch):
     monkeypatch.setattr(vae, "encode", encode)
     assert data.read_latents_about(path)["done"] == about["done"] == 5
     hr, lr = data.Clips(footage, 9, 48, "light").survey().clip(0, 3)
-    y, x = np.random.default_rng([0, 3]).integers(0, 5, 2)
+    rng = np.random.default_rng([0, 3])
+    y, x = rng.integers(0, 5, 2)
+    sigma = torch.tensor([0.7 + 0.8 * rng.random()])
     hr, lr = hr[:, 4 * y:4 * y + 32, 4 * x:4 * x + 32], lr[:, y:y + 8, x:x + 8]
-    want = vae.encode(data.to_tensor(hr)[None]), vae.encode(data.upsample(data.to_tensor(lr)[None], (32, 32)))
+    hr = data.to_tensor(hr)[None]
+    want = vae.encode(hr), vae.encode(data.upsample(data.to_tensor(lr)[None], (32, 32)))
     bank = data.LatentBank(path, "tiny")
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit, match="clips of another size than CLIPS"):
         patch.setitem(data.CLIPS, "tiny", SMALL_CLIP | dict(crop=16))
@@ -1234,6 +1237,8 @@ def test_stages_train_on_cached_latents(chain, tmp_path, footage, monkeypatch):
         torch.testing.assert_close(a[k], b[0], atol=2e-2, rtol=2e-3)
     soft = bank.latents(vae, 0, 5, "cpu", torch.tensor([True, False, True, False, False]))
     assert [torch.equal(a, b) for a, b in zip(soft[0], got[0], strict=True)] == [False, True, False, True, True]
+    soft = bank.latents(vae, 0, 5, "cpu", torch.ones(5, dtype=torch.bool))[0]
+    torch.testing.assert_close(soft[k], vae.encode(data.soften(hr, sigma))[0], atol=2e-2, rtol=2e-3)
     for k, stage in enumerate((stage0, stage1, stage2)):
         cfg = fork(chain, stage, tmp_path, [], latents=path, data="nowhere")
         stage.main(cfg)
