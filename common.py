@@ -123,9 +123,23 @@ def device_named(name):
     return device
 
 
+def precision(device):
+    """What large products are computed in: bf16 on a GPU; on a CPU fp32, as everywhere else."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
 def autocast(device):
-    """bf16 on a GPU; on a CPU fp32, as everywhere else."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision(device) == torch.bfloat16)
+
+
+def memory():
+    """{"memory_gb": most of the GPU's that was allocated since this was last called}, what --dry-run estimates for a
+    step; {} on a CPU."""
+    if not torch.cuda.is_available():
+        return {}
+    peak = torch.cuda.max_memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    return {"memory_gb": peak / 1e9}
 
 
 def keep_memory():
@@ -139,14 +153,14 @@ def keep_memory():
 
 
 def cleanup():
-    """Say how much memory of the GPU the run took (--dry-run has the estimate), and leave the process group.
+    """Wait for rank 0, which still writes, and leave the process group: of several nodes torchrun ends one that has
+    waited five minutes for another.
 
     A thread of gloo that lets go of its last tensor only while Python shuts down aborts the process; nothing can be
     waited for, so it gets half a second.
     """
-    if torch.cuda.is_available() and int(os.environ.get("RANK", 0)) == 0:
-        print(f"most memory allocated: {torch.cuda.max_memory_allocated() / 1e9:.1f} GB")
     if dist.is_initialized():
+        dist.barrier()
         dist.destroy_process_group()
         time.sleep(0.5)
 
@@ -181,7 +195,7 @@ def draw(sampler, shape, part, parts, device):
     seed that they share: two parts with batch B train on what one with 2B would, and no two see the same noise.
     """
     n = shape[0]
-    return sampler((parts * n, *shape[1:]), device=device)[part * n:(part + 1) * n]
+    return sampler((parts * n, *shape[1:]), device=device)[part * n:(part + 1) * n].clone()      # frees the others
 
 
 def accumulating(last, *networks):
@@ -253,14 +267,14 @@ def save(path, cfg, stage, step, total, /, **saved):
                      **state})
 
 
-def continue_from(path, cfg, saved):
-    """With cfg.resume, fill what is saved from the checkpoint of the interrupted run. Returns its step, or 0.
+def continue_from(path, cfg, saved, fresh=0):
+    """With cfg.resume, fill what is saved from the checkpoint of the interrupted run. Returns its step, or `fresh`.
 
     Refused: a run whose "source" is another checkpoint of the stage before, or (by start_run) one with other constants:
     its numbers would belong to neither.
     """
     if not cfg.resume or not os.path.exists(path):
-        return 0
+        return fresh
     state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # cpu: else all ranks share GPU 0
     if state.get("source", saved.get("source")) != saved.get("source"):
         raise SystemExit(f"{path}: made from another checkpoint of the stage before, or from other clips (an edit "
@@ -356,7 +370,9 @@ def commit():
 
 
 def log(out_dir, bar, step, **values):
-    """One JSON line in out_dir/log.jsonl and the same numbers behind the progress bar."""
+    """One JSON line in out_dir/log.jsonl and the same numbers behind the progress bar; on a GPU the most memory since
+    the line or the panel before, so that it is that of steps (the first line has what was done before them, too)."""
+    values |= memory()
     values = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in values.items()}
     log_row(out_dir, "log.jsonl", step, **values)
     bar.set_postfix_str(" ".join(f"{k} {v:.3g}" for k, v in values.items()))
@@ -408,3 +424,4 @@ def panel(path, columns, verdicts=()):
         axis.plot(*zip(*points, strict=True), linewidth=0.9)
         axis.set_title(name, fontsize=9)
     fig.savefig(os.path.join(os.path.dirname(path), "loss.png"), dpi=90)
+    memory()                                                            # the panel's is not a step's

@@ -73,15 +73,21 @@ COLORS = {"wavelet": wavelet_color, "adain": adain_color, "none": lambda content
 # one chunk of frames
 
 
-def load(ckpt, part, device, tile=0):
+def load(ckpt, part, device, tile=0, vae_dtype="fp32", vae_tiles=False):
     """`upscale` with the network and the video code of a checkpoint: a function of the frames and the options.
 
-    tile: pixels of output that the network sees at once; 0: the crop it was trained on.
+    tile: pixels of output that the network sees at once; 0: the crop it was trained on. Of Wan's video code, which
+    takes the most memory: vae_dtype: "fp32", as Wan, or "bf16"; vae_tiles: see model.WanVAE.
     """
     net, vae, info = M.load_checkpoint(ckpt, part, device)
     clip = data.CLIPS[info["config"]["model"]]
-    if tile and hasattr(vae, "code"):                                   # of Wan: a whole frame takes the most memory
-        vae.code.enable_tiling()
+    if isinstance(vae, M.PatchVAE):
+        if vae_tiles or vae_dtype != "fp32":
+            raise SystemExit(f"{ckpt}: --vae_dtype and --vae_tiles are for Wan's video code; this model has another")
+    else:
+        vae.compute_in({"fp32": torch.float32, "bf16": torch.bfloat16}[vae_dtype])
+        if vae_tiles:
+            vae.code.enable_tiling()
     side = max(2, (tile or clip["crop"]) // (2 * vae.stride) * 2)       # tokens are 2 x 2 latents
     return partial(upscale, M.tiled(net, (clip["window"], side, side)), vae, clip["window"], device,
                    shift=info["config"].get("shift", 1.0))              # of times; at one step without effect
@@ -306,6 +312,9 @@ def arguments(argv):
     cli.add_argument("--w", type=float, default=0.0, help="guidance weight of a multi-step teacher (default 0)")
     cli.add_argument("--seed", type=int, default=0, help="of the noise")
     cli.add_argument("--tile", type=int, default=0, help="output pixels seen at once (default: as in training)")
+    cli.add_argument("--vae_dtype", "--vae-dtype", choices=["fp32", "bf16"], default="fp32",
+                     help="of Wan's video code; bf16: half the memory (default fp32, as Wan)")
+    cli.add_argument("--vae_tiles", "--vae-tiles", action="store_true", help="Wan's video code in tiles: little memory")
     cli.add_argument("--chunk", type=int, help="frames in memory at once, 4k + 1 (default 53; of wan1.3b 21)")
     cli.add_argument("--overlap", type=int, help="frames blended between chunks, 4k (default 4; 0 if --chunk is short)")
     cli.add_argument("--color", choices=list(COLORS), default="wavelet", help="what keeps the input's colours")
@@ -335,10 +344,11 @@ def main(argv=None):
     device, failed = common.device_named(args.device), 0
     try:
         todo = jobs(args.input, args.output, args.resume)
-        upscaler = partial(load(args.ckpt, args.part, device, args.tile), steps=args.steps, w=args.w, seed=args.seed,
-                           color=args.color, scale=args.scale)
+        upscaler = partial(load(args.ckpt, args.part, device, args.tile, args.vae_dtype, args.vae_tiles),
+                           steps=args.steps, w=args.w, seed=args.seed, color=args.color, scale=args.scale)
         stamp = [common.contents(args.ckpt), *(getattr(args, k) for k in (
-            "part", "scale", "steps", "w", "seed", "tile", "chunk", "overlap", "color")), device.type]
+            "part", "scale", "steps", "w", "seed", "tile", "vae_dtype", "vae_tiles", "chunk", "overlap", "color")),
+            device.type]
         for files, target in todo:
             if args.resume and target != Path(args.output) and target.exists():
                 continue
@@ -355,9 +365,9 @@ def main(argv=None):
         if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "allocate memory" not in str(error):
             raise
         model = M.read_checkpoint(args.ckpt)["config"]["model"]
-        tile, window = args.tile or data.CLIPS[model]["crop"], 4 * data.CLIPS[model]["window"] - 3
-        if args.tile or M.vae_class(model) is not M.WanVAE:             # of Wan any --tile has the video code in tiles
-            tile = max(32, tile // 2)
+        if M.vae_class(model) is M.WanVAE and not args.vae_tiles:       # what takes the most
+            raise SystemExit("out of memory: try --vae_tiles") from None
+        tile, window = max(32, (args.tile or data.CLIPS[model]["crop"]) // 2), 4 * data.CLIPS[model]["window"] - 3
         # less than a window is filled up to one, and where a clip is one window more than one was never trained on
         chunk = window if frames_at_once(model) == window else max(min(args.chunk, window), args.chunk // 8 * 4 + 1)
         advice = "it takes a larger machine" if (tile, chunk) == (args.tile, args.chunk) else (

@@ -329,7 +329,9 @@ def compile_blocks(net):
 class LoRA(nn.Module):
     """Low-rank adapters of all linear layers in the blocks of a frozen DiT (Hu et al. 2021): y + up(down(x)).
 
-    up starts at 0. The adapters become net.lora, where DDP finds them; `merged` is the net without them.
+    up starts at 0. The adapters become net.lora, where DDP finds them; `merged` is the net without them. In bf16 y
+    hides what is far smaller: over the first few updates the network hardly computes what it has learnt, though its
+    gradient is right.
     """
 
     def __init__(self, net, rank):
@@ -574,16 +576,19 @@ class WanVAE(nn.Module):
             from diffusers import AutoencoderKLWan
         except ImportError:
             raise SystemExit("Wan's video code needs diffusers: pip install -r requirements-wan.txt") from None
-        self.dtype = dtype
         self.alone = threading.Lock()                                   # diffusers' module keeps a clip's last frames
         self.register_buffer("mean", torch.tensor(self.MEAN).view(1, 16, 1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(self.STD).view(1, 16, 1, 1, 1), persistent=False)
         self.code = AutoencoderKLWan(**config).requires_grad_(False)
-        for p in self.code.parameters():                                # 5 axes: the weight of a 3D convolution
-            p.data = p.data.to(dtype, memory_format=torch.channels_last_3d if p.ndim == 5 else torch.preserve_format)
+        self.compute_in(dtype)
         self.code.enable_slicing()                                      # one clip after another: a panel has four
         if tiling:
             self.code.enable_tiling()
+
+    def compute_in(self, dtype):
+        self.dtype = dtype
+        for p in self.code.parameters():                                # 5 axes: the weight of a 3D convolution
+            p.data = p.data.to(dtype, memory_format=torch.channels_last_3d if p.ndim == 5 else torch.preserve_format)
 
     def encode(self, video):
         """(B, 3, F, 8H, 8W) in [-1, 1] -> (B, 16, T, H, W)."""

@@ -203,7 +203,7 @@ def main(cfg):
         if stage1["source"] != common.contents(teacher):
             raise SystemExit(f"{teacher}: not the teacher that stage I was made from; run stage1_pd.py again")
     bank, clip = data.training_bank(cfg, rank, cfg.latents)
-    if device.type == "cuda":
+    if common.precision(device) == torch.bfloat16:
         M.to_bf16(real)
     average = deepcopy(student)
     for net in (student, fake, real):
@@ -223,7 +223,9 @@ def main(cfg):
     # what others read as "student" is the average; --resume goes on from "net"
     saved = dict(student=average, net=student, fake=fake, head=head, vae=vae,
                  opt_student=opt_student, opt_fake=opt_fake, opt_head=opt_head, source=common.contents(source))
-    start = common.continue_from(f"{out_dir}/last.pt", cfg, saved)
+    # the steps before 0 are the warm-up: auxiliary updates alone, until fake score and head know the student
+    warmup = cfg.aux_warmup if uses_scores(cfg) else 0
+    start = common.continue_from(f"{out_dir}/last.pt", cfg, saved, fresh=-warmup)
     student_ddp, fake_ddp, head_ddp = (common.parallel(net, world) for net in (student, fake, head))
     parts = world * cfg.accumulate
 
@@ -257,10 +259,7 @@ def main(cfg):
         """What the head and L_FM see of HR: no gradient is wanted there."""
         return [f for net in backbones for f in score(net, z_t, t, z_lr)[1]]
 
-    # the steps before 0 are the warm-up: auxiliary updates alone, until fake score and head know the student
-    warmup = cfg.aux_warmup if uses_scores(cfg) else 0
-    first = start or -warmup                                            # nothing is saved during the warm-up
-    bar = tqdm(range(first, cfg.steps), "stage II", initial=first + warmup, total=cfg.steps + warmup,
+    bar = tqdm(range(start, cfg.steps), "stage II", initial=start + warmup, total=cfg.steps + warmup,
                disable=rank > 0, dynamic_ncols=True)
     head_trains = "gan" in cfg.streams                                  # "sequential": in DMD's half too
     warm = []                                                           # L_D over the warm-up
@@ -299,11 +298,17 @@ def main(cfg):
             norm_fake = common.clip_and_step(opt_fake, fake, cfg.clip_norm)
             if head_trains:
                 common.clip_and_step(opt_head, head, cfg.clip_norm)
-            opt_fake.zero_grad(), opt_head.zero_grad()                  # frees memory for the student's update
+            opt_fake.zero_grad(), opt_head.zero_grad()                  # of one process frees memory for the student's
             values = dict(diff=loss_diff, grad_norm_fake=norm_fake) | (dict(d=loss_d) if head_trains else {})
         if step < 0:
             warm.append(loss_d.item())
             bar.set_postfix_str(f"warm-up: diff {loss_diff.item():.3g} d {warm[-1]:.3g}")
+            if step == -1:
+                learnt = common.mean(statistics.mean(warm[-30:]))
+                if rank == 0 and head_trains:
+                    common.log_row(out_dir, "log.jsonl", 0, d_warmup=learnt)
+                if rank == 0:
+                    common.save(f"{out_dir}/last.pt", cfg, "stage2", 0, cfg.steps, **saved)
             continue
 
         # 2) student update: L = w_dmd L_DMD + w_gan L_G + w_fm L_FM, all on one noised student sample
@@ -359,8 +364,6 @@ def main(cfg):
                 # lag: fake's error on the student's outputs over real's; at 1 it has learnt nothing of the student
                 values |= dict(lag=(v_fake - (eps - z_0)).square().mean() / (v_real - (eps - z_0)).square().mean(),
                                detail_real=detail(x_real, z_lr, z_hr))
-            if warm and head_trains:                                    # on the first line: what the head had learnt
-                values["d_warmup"], warm = statistics.mean(warm[-30:]), []
             if {"dmd", "gan"} <= set(pull):
                 values["dmd_gan_cosine"] = cosine(pull["dmd"], pull["gan"])
             values = {k: common.mean(v) for k, v in values.items()}
@@ -454,9 +457,10 @@ THROWN = 2.5                        # and, in any one line, of a student that is
 def verdicts(out_dir, offsets=()):
     """What the latest log lines and spatial offsets say, in plain words."""
     lines = common.read_log(out_dir)
+    warm = lines[0].get("d_warmup", 2) if lines else 2
+    lines = [line for line in lines if line["step"]][-20:]              # without the warm-up's
     if not lines:
         return []
-    warm, lines = lines[0].get("d_warmup", 2), lines[-20:]
     if "pull_gan" in lines[-1]:                                         # sequential: its second half alone
         lines = [line for line in lines if "pull_gan" in line]
     last = {k: sum(line.get(k, 0) for line in lines) / len(lines) for k in lines[-1]}

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tqdm import tqdm
 
 import ablate
 import bench
@@ -156,14 +157,18 @@ def test_what_shares_no_work_refuses_torchrun(main, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_run_on_a_gpu_ends_with_its_peak_memory(monkeypatch, capsys):
+def test_a_line_of_the_log_has_the_peak_memory_of_its_steps(monkeypatch, tmp_path):
+    """On a GPU; that of a panel, which decodes, is no step's."""
+    peak, bar = [0], tqdm(disable=True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 66_280_000_000)
-    common.cleanup()
-    assert capsys.readouterr().out == "most memory allocated: 66.3 GB\n"
-    monkeypatch.setenv("RANK", "1")
-    common.cleanup()
-    assert not capsys.readouterr().out
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: peak[0])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: peak.__setitem__(0, 0))
+    for step, (work, picture) in enumerate(((66_280_000_000, 80e9), (65e9, 0)), 1):
+        peak[0] = max(peak[0], work)
+        common.log(tmp_path, bar, step, loss=0.5)
+        peak[0] = picture
+        common.panel(f"{tmp_path}/panel.png", {"HR": torch.zeros(1, 3, 1, 8, 8)})
+    assert [line["memory_gb"] for line in common.read_log(tmp_path)] == [66.28, 65]
 
 
 LEAVE = """

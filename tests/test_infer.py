@@ -180,7 +180,7 @@ def plain(monkeypatch):
     """main() with `enlarge` for a network; returns the numbers of frames it was given."""
     calls = []
 
-    def load(ckpt, part, device, tile=0):
+    def load(ckpt, part, device, *options):
         return lambda lr, **options: calls.append(len(lr)) or enlarge(lr, **options)
     monkeypatch.setattr(infer, "load", load)
     return calls
@@ -371,7 +371,7 @@ def test_options_reach_the_network(tmp_path, monkeypatch):
     media.write_video(tmp_path / "in.mkv", scene(0, 3), 24)
     given = []
 
-    def load(ckpt, part, device, tile):
+    def load(ckpt, part, device, tile, vae_dtype, vae_tiles):
         def upscaler(lr, **options):
             given.append(((ckpt, part, str(device), tile), options))
             return enlarge(lr, scale=options["scale"])
@@ -608,6 +608,7 @@ def test_mistakes_get_one_line(checkpoint, tmp_path):
             ("at least 1", [good, out, "--steps", "0"]), ("without 'ema'", [good, out, "--part", "ema"]),
             ("no such checkpoint", [good, out, "--ckpt", "none.pt"]), ("invalid choice", [good, out, "--scale", "5"]),
             ("4k", [good, out, "--chunk", "16"]), ("4k", [good, out, "--overlap", "28"]),
+            ("Wan's video code", [good, out, "--vae_tiles"]), ("Wan's", [good, out, "--vae_dtype", "bf16"]),
             ("32", [good, out, "--tile", "8"]), ("not available", [good, out, "--device", "cuda:7"])):
         with pytest.raises(SystemExit, match=words) as stop:
             infer.main([*args, *([] if "--ckpt" in args else ["--ckpt", checkpoint])])

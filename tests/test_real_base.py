@@ -32,7 +32,10 @@ def shrunk(monkeypatch):
     return row
 
 
-def test_all_stages_of_the_real_base(shrunk, tmp_path, capsys):
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_all_stages_of_the_real_base(shrunk, tmp_path, monkeypatch, precision):
+    """In fp32, and as on a GPU, under bf16 autocast with the real score in bf16."""
+    monkeypatch.setattr(common, "precision", lambda device: precision)
     rng = np.random.default_rng(0)
     film = np.kron(rng.integers(0, 256, (12, 12, 3)), np.ones((6, 6, 1))).astype(np.uint8)
     media.write_video(tmp_path / "media.mkv", np.stack([np.roll(film, i, 1) for i in range(8)]), 24)
@@ -67,8 +70,16 @@ def test_all_stages_of_the_real_base(shrunk, tmp_path, capsys):
 
     student = str(tmp_path / "out" / "w" / "stage3" / "last.pt")
     media.write_video(tmp_path / "in.mkv", np.stack([film[:19, :22]] * 6), 24)
-    infer.main([str(tmp_path / "in.mkv"), str(tmp_path / "up.mkv"), "--ckpt", student, "--tile", "64"])
-    assert media.read_video(tmp_path / "up.mkv").shape == (6, 76, 88, 3)
+    made = []
+    for i, options in enumerate(([], ["--vae_dtype", "bf16"], ["--tile", "64", "--vae_tiles"])):
+        infer.main([str(tmp_path / "in.mkv"), str(tmp_path / f"up{i}.mkv"), "--ckpt", student, *options])
+        made.append(media.read_video(tmp_path / f"up{i}.mkv").astype(int))
+        assert made[i].shape == (6, 76, 88, 3)
+    assert 0 < abs(made[1] - made[0]).mean() < 3
+    monkeypatch.setattr(infer, "upscale", lambda *args, **options: (_ for _ in ()).throw(MemoryError))
+    for options, advice in (([], "try --vae_tiles"), (["--vae_tiles"], "try --tile 32 ")):
+        with pytest.raises(SystemExit, match=f"out of memory: {advice}"):
+            infer.main([str(tmp_path / "in.mkv"), str(tmp_path / "no.mkv"), "--ckpt", student, *options])
 
 
 def test_stage0_is_at_first_exactly_wan(shrunk, tmp_path):

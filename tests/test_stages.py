@@ -316,8 +316,9 @@ def test_auxiliary_losses_stay_apart(chain, tmp_path, monkeypatch):
     assert len(sums) == 2 + 3
     for fake, head, student in sums:
         assert fake == 0 and student == 0 and head > 0
-    line, = common.read_log(f"{cfg.out}/stage2")
-    assert line["d_warmup"] == pytest.approx(sum(values[:2]) / 2, rel=1e-4) != line["d"]        # of the warm-up alone
+    start, line = common.read_log(f"{cfg.out}/stage2")
+    assert start == {"step": 0, "d_warmup": pytest.approx(sum(values[:2]) / 2, rel=1e-4)}
+    assert line["d"] == pytest.approx(values[-1], rel=1e-4)
 
 
 def test_each_network_steps_down_its_own_losses(chain, tmp_path, monkeypatch):
@@ -360,7 +361,7 @@ def test_weights_multiply_the_losses(chain, tmp_path):
     for k, weights in enumerate((dict(w_dmd=1.0, w_gan=1.0, w_fm=1.0), want, dict.fromkeys(want, 0.0))):
         cfg = fork(chain, stage2, tmp_path / str(k), ["stage0", "stage1"], steps=1, aux_warmup=2, ema=0.0, **weights)
         stage2.main(cfg)
-        logs.append(common.read_log(f"{cfg.out}/stage2")[0])
+        logs.append(common.read_log(f"{cfg.out}/stage2")[-1])
     for name, weight in want.items():
         name = name.removeprefix("w_")
         assert logs[0][name] != 0 and logs[1][name] == pytest.approx(weight * logs[0][name], rel=1e-4)
@@ -456,7 +457,7 @@ def test_the_head_tells_hr_from_the_student_and_the_student_seeks_its_favour(cha
     stage2.main(cfg)
     means = [x for x in calls if x is not None]
     assert len(calls) == cfg.aux_warmup + 4 * cfg.steps
-    for line, mean in zip(common.read_log(f"{cfg.out}/stage2"), means, strict=True):
+    for line, mean in zip(common.read_log(f"{cfg.out}/stage2")[1:], means, strict=True):
         assert line["gan"] == pytest.approx(-cfg.w_gan * mean, rel=1e-4) and abs(mean) > 1e-4
 
 
@@ -684,7 +685,7 @@ def test_log_lines_after_the_checkpoint_are_done_again(chain, tmp_path, monkeypa
     monkeypatch.setattr(common, "log", log)
     cfg.resume = True
     stage2.main(cfg)
-    assert [line["step"] for line in common.read_log(f"{cfg.out}/stage2")] == [1, 2, 3, 4]
+    assert [line["step"] for line in common.read_log(f"{cfg.out}/stage2")] == [0, 1, 2, 3, 4]
 
 
 def test_a_run_of_other_constants_is_not_continued(chain, tmp_path):
@@ -824,7 +825,8 @@ def test_an_unfinished_stage_is_not_built_upon(chain, tmp_path):
         stage2.main(cfg)
 
 
-@pytest.mark.parametrize("stage, k, stop", [(stage0, 0, 2), (stage1, 1, 4), (stage2, 2, 2), (stage3, 3, 2)])
+@pytest.mark.parametrize("stage, k, stop", [(stage0, 0, 2), (stage1, 1, 4), (stage2, 2, 0), (stage2, 2, 2),
+                                            (stage3, 3, 2)])
 def test_stopped_and_resumed_is_bit_equal(chain, tmp_path, monkeypatch, stage, k, stop):
     """Killed after a checkpoint and resumed: every tensor of the last checkpoint equals the unbroken run's."""
     cfg = fork(chain, stage, tmp_path, [f"stage{i}" for i in range(k)])
@@ -840,6 +842,7 @@ def test_stopped_and_resumed_is_bit_equal(chain, tmp_path, monkeypatch, stage, k
     monkeypatch.setattr(stage.common, "save", save)
     with pytest.raises(SystemExit, match="--resume"):
         stage.main(cfg)                                         # never over an existing run
+    assert checkpoint(cfg, f"stage{k}")["step"] == stop         # 0: the warm-up of stage II is over
     cfg.resume = True
     stage.main(cfg)
     whole, resumed = checkpoint(chain[stage], f"stage{k}"), checkpoint(cfg, f"stage{k}")
@@ -847,6 +850,7 @@ def test_stopped_and_resumed_is_bit_equal(chain, tmp_path, monkeypatch, stage, k
     assert_equal({x: whole[x] for x in whole if x not in ("config",)}, resumed)
     steps = [json.loads(x)["step"] for x in open(f"{cfg.out}/stage{k}/log.jsonl")]
     assert steps == sorted(set(steps))                          # no line twice
+    assert common.read_log(f"{cfg.out}/stage{k}") == common.read_log(f"{chain[stage].out}/stage{k}")
 
 
 def assert_equal(a, b, where=""):
@@ -925,7 +929,7 @@ def test_the_log_and_the_offsets_are_of_what_they_say(chain, tmp_path, monkeypat
     monkeypatch.setattr(stage2, "spatial_offsets", lambda *args: seen.append(args) or [])
     cfg = fork(chain, stage2, tmp_path, ["stage0", "stage1"])
     stage2.main(cfg)
-    for line in common.read_log(f"{cfg.out}/stage2"):
+    for line in common.read_log(f"{cfg.out}/stage2")[1:]:
         assert (line["pull_dmd"], line["pull_gan"], line["pull_fm"]) == (3, 5, 0)
         assert line["dmd_gan_cosine"] == pytest.approx(0.6)
     draw, z_0, z_hr, vae, noise = seen[-1]
