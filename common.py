@@ -421,7 +421,7 @@ def panel(path, columns, verdicts=()):
     fig = Figure((13, 2.4 * rows), layout="constrained")
     for axis, name in zip(fig.subplots(rows, 4, squeeze=False).flat, names, strict=False):
         points = [(line["step"], line[name]) for line in lines if name in line]
-        axis.plot(*zip(*points, strict=True), linewidth=0.9)
+        axis.plot(*zip(*points, strict=True), "." if len(points) == 1 else "-", linewidth=0.9)
         axis.set_title(name, fontsize=9)
     fig.savefig(os.path.join(os.path.dirname(path), "loss.png"), dpi=90)
     memory()                                                            # the panel's is not a step's
