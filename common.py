@@ -159,8 +159,8 @@ def cleanup():
     A thread of gloo that lets go of its last tensor only while Python shuts down aborts the process; nothing can be
     waited for, so it gets half a second.
     """
+    barrier()
     if dist.is_initialized():
-        dist.barrier()
         dist.destroy_process_group()
         time.sleep(0.5)
 

@@ -95,13 +95,15 @@ def sample(photo, xy):
 
 
 def random_motion(rng, frames, speed):
-    """A smooth move: shift (F, 2) px, log zoom (F,), angle (F,), all about 0 in the middle of the clip."""
+    """A smooth move: shift (F, 2) px and angle (F,), about 0 in the middle of the clip, and log zoom (F,), which is 0
+    where the picture is largest: photographs are soft enough, none is enlarged."""
     t = np.arange(frames) - (frames - 1) / 2
     way = rng.uniform(0, 2 * np.pi)
     shift = t[:, None] * rng.uniform(0, speed) * np.array([np.cos(way), np.sin(way)])
     shift = shift + (t ** 2 / frames)[:, None] * rng.uniform(-0.5, 0.5, 2)            # it speeds up or slows down
     shift = shift + rng.normal(0, 0.3, (frames, 2)) * (rng.random() < 0.3)            # a hand that is not steady
-    return shift, t * rng.normal(0, 0.004), rng.normal(0, 0.05) + t * rng.normal(0, 0.006)
+    zoom = t * rng.normal(0, 0.004)
+    return shift, zoom - zoom.min(), rng.normal(0, 0.05) + t * rng.normal(0, 0.006)
 
 
 def turn(xy, angle, zoom):
@@ -120,7 +122,7 @@ def photo_clip(photos, rng, frames, size):
     plane = torch.stack(torch.meshgrid(r, r, indexing="xy"), -1).expand(frames, -1, -1, -1)
     ground = photos[0]
     shift, zoom, angle = random_motion(rng, frames, speed=3.0)
-    zoom = np.exp(zoom - zoom.min() + rng.uniform(0, 0.25))          # never enlarged: photographs are soft enough
+    zoom = np.exp(zoom + rng.uniform(0, 0.25))
     room = [max(side / 2 - 0.6 * size * zoom.max(), 1) for side in ground.shape[1::-1]]
     places = [np.array(ground.shape[1::-1]) / 2 + rng.uniform(-1, 1, 2) * room for _ in range(3)]
     half = size // 2
@@ -133,7 +135,7 @@ def photo_clip(photos, rng, frames, size):
     for _ in range(rng.integers(1, 3)):
         piece = photos[rng.integers(len(photos))]
         shift, zoom, angle = random_motion(rng, frames, speed=5.0)
-        zoom = np.exp(zoom - zoom.min())
+        zoom = np.exp(zoom)
         where = rng.uniform(-0.45, 0.45, 2) * size + shift
         centre = torch.tensor([rng.uniform(0.3, 0.7) * side for side in piece.shape[1::-1]])
         radius = rng.uniform(0.1, 0.28) * size

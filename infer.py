@@ -85,7 +85,8 @@ def load(ckpt, part, device, tile=0, vae_dtype="fp32", vae_tiles=False):
         if vae_tiles or vae_dtype != "fp32":
             raise SystemExit(f"{ckpt}: --vae_dtype and --vae_tiles are for Wan's video code; this model has another")
     else:
-        vae.compute_in({"fp32": torch.float32, "bf16": torch.bfloat16}[vae_dtype])
+        if vae_dtype == "bf16":
+            vae.compute_in(torch.bfloat16)
         if vae_tiles:
             vae.code.enable_tiling()
     side = max(2, (tile or clip["crop"]) // (2 * vae.stride) * 2)       # tokens are 2 x 2 latents

@@ -586,6 +586,7 @@ class WanVAE(nn.Module):
             self.code.enable_tiling()
 
     def compute_in(self, dtype):
+        """Convert the weights, in the memory layout that 3D convolutions are fastest in."""
         self.dtype = dtype
         for p in self.code.parameters():                                # 5 axes: the weight of a 3D convolution
             p.data = p.data.to(dtype, memory_format=torch.channels_last_3d if p.ndim == 5 else torch.preserve_format)

@@ -298,16 +298,16 @@ def main(cfg):
             norm_fake = common.clip_and_step(opt_fake, fake, cfg.clip_norm)
             if head_trains:
                 common.clip_and_step(opt_head, head, cfg.clip_norm)
-            opt_fake.zero_grad(), opt_head.zero_grad()                  # of one process frees memory for the student's
+            opt_fake.zero_grad(), opt_head.zero_grad()                  # frees memory, but for DDP's buckets
             values = dict(diff=loss_diff, grad_norm_fake=norm_fake) | (dict(d=loss_d) if head_trains else {})
         if step < 0:
             warm.append(loss_d.item())
             bar.set_postfix_str(f"warm-up: diff {loss_diff.item():.3g} d {warm[-1]:.3g}")
-            if step == -1:
+            if step == -1:                                              # the log's line 0: what the head has learnt
                 learnt = common.mean(statistics.mean(warm[-30:]))
-                if rank == 0 and head_trains:
-                    common.log_row(out_dir, "log.jsonl", 0, d_warmup=learnt)
                 if rank == 0:
+                    if head_trains:
+                        common.log_row(out_dir, "log.jsonl", 0, d_warmup=learnt)
                     common.save(f"{out_dir}/last.pt", cfg, "stage2", 0, cfg.steps, **saved)
             continue
 
@@ -457,7 +457,7 @@ THROWN = 2.5                        # and, in any one line, of a student that is
 def verdicts(out_dir, offsets=()):
     """What the latest log lines and spatial offsets say, in plain words."""
     lines = common.read_log(out_dir)
-    warm = lines[0].get("d_warmup", 2) if lines else 2
+    warm = next((line["d_warmup"] for line in lines if "d_warmup" in line), 2)
     lines = [line for line in lines if line["step"]][-20:]              # without the warm-up's
     if not lines:
         return []

@@ -318,7 +318,7 @@ def test_auxiliary_losses_stay_apart(chain, tmp_path, monkeypatch):
         assert fake == 0 and student == 0 and head > 0
     start, line = common.read_log(f"{cfg.out}/stage2")
     assert start == {"step": 0, "d_warmup": pytest.approx(sum(values[:2]) / 2, rel=1e-4)}
-    assert line["d"] == pytest.approx(values[-1], rel=1e-4)
+    assert line["d"] == pytest.approx(values[-1], rel=1e-4) != start["d_warmup"]                # of the warm-up alone
 
 
 def test_each_network_steps_down_its_own_losses(chain, tmp_path, monkeypatch):
@@ -497,7 +497,7 @@ def test_stage2_options_run(chain, tmp_path, changes):
     cfg = fork(chain, stage2, tmp_path, ["stage0", "stage1"], steps=2, **changes)
     stage2.main(cfg)
     *warm, first, last = common.read_log(f"{cfg.out}/stage2")
-    assert [line["step"] for line in (*warm, first, last)] == [*[0] * len(warm), 1, 2] and len(warm) <= 1
+    assert [line["step"] for line in (*warm, first, last)] == [*[0] * ("gan" in cfg.streams), 1, 2]
     assert all(math.isfinite(v) for line in (*warm, first, last) for v in line.values())
     if changes.get("order"):
         assert "dmd" in first and "gan" not in first and "gan" in last and "dmd" not in last
