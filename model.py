@@ -560,9 +560,9 @@ class WanVAE(nn.Module):
     """The video code of Wan2.1, diffusers' AutoencoderKLWan, behind PatchVAE's interface: 8 x 8 pixels, 4 frames.
 
     Latents are (posterior mean - mean) / std of each channel, as Wan's transformer expects them. `dtype` is what it
-    computes in, under autocast too; videos and latents are float32 outside. `tiling`: windows of 256 pixels every 192,
-    blended; less memory, and not quite the same numbers. `config` overrides the sizes of diffusers' module. Nothing in
-    it is trained; load_wan_vae, or a checkpoint, fills it.
+    computes in, under autocast too; videos and latents are float32 outside. After code.enable_tiling() it works in
+    windows of 256 pixels every 192, blended: less memory, and not quite the same numbers. `config` overrides the sizes
+    of diffusers' module. Nothing in it is trained; load_wan_vae, or a checkpoint, fills it.
     """
     stride, channels = 8, 16
     MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
@@ -570,7 +570,7 @@ class WanVAE(nn.Module):
     STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
            3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160)
 
-    def __init__(self, dtype=torch.float32, tiling=False, **config):
+    def __init__(self, dtype=torch.float32, **config):
         super().__init__()
         try:
             from diffusers import AutoencoderKLWan
@@ -582,8 +582,6 @@ class WanVAE(nn.Module):
         self.code = AutoencoderKLWan(**config).requires_grad_(False)
         self.compute_in(dtype)
         self.code.enable_slicing()                                      # one clip after another: a panel has four
-        if tiling:
-            self.code.enable_tiling()
 
     def compute_in(self, dtype):
         """Convert the weights, in the memory layout that 3D convolutions are fastest in."""
