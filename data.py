@@ -250,16 +250,20 @@ def cut(rng, clip, crop):
 
 
 def reserve(path, size):
-    """Make a file of `size` bytes whose room on the disk is taken at once: a memory map that outgrows a full disk would
-    end the process without a word."""
+    """Make a file of `size` bytes, or lengthen one, whose room on the disk is taken at once: a memory map that outgrows
+    a full disk would end the process without a word."""
+    before = os.path.getsize(path) if os.path.exists(path) else 0
     try:
-        with open(path, "wb") as f:
+        with open(path, "ab") as f:
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(f.fileno(), 0, size)
             else:                                                       # macOS, Windows
                 f.truncate(size)
     except OSError as error:
-        Path(path).unlink(missing_ok=True)
+        if before:
+            os.truncate(path, before)
+        else:
+            Path(path).unlink(missing_ok=True)
         raise SystemExit(f"{path}: {size / 1e9:.2g} GB cannot be written ({error.strerror}); make room, or take fewer "
                          "--clips") from None
 
@@ -484,27 +488,29 @@ def read_latents_about(path):
 
 @torch.no_grad()
 def prepare_latents(path, folder, model, vae, count, device="cpu", save_every=0):
-    """Degrade and encode `count` clips of a folder of media into a file for LatentBank; goes on where it stopped."""
+    """Degrade and encode `count` clips of a folder of media into a file for LatentBank; goes on where it stopped. With
+    another count than before the file ends later, or sooner, but not before what is done."""
     clip = clip_row(model)
     clips = Clips(folder, clip["frames"], clip["size"], clip["strength"])
     about = {"model": model, "shape": latent_shape(model), "count": count, "done": 0,
              "vae": vae.state_dict(), "vae_id": fingerprint(vae), "source": json.dumps(clips.stamp())}
-    size = 2 * count * math.prod(about["shape"])
-    whole = Path(path).is_file() and Path(path).stat().st_size == size
+    row = 2 * math.prod(about["shape"])                     # bytes
     if Path(f"{path}.pt").exists():
         before = read_latents_about(path)
-        if any(before[k] != about[k] for k in ("model", "shape", "count", "vae_id", "source")):
+        if any(before[k] != about[k] for k in ("model", "shape", "vae_id", "source")):
             raise SystemExit(f"{path}: made with other settings, media, code or video code; name another file")
-        about = before if whole else about                  # if not, its rows are lost: start again
+        if before["done"] > count:
+            raise SystemExit(f"{path}: has {before['done']} clips already; --clips: that many, or more")
+        if Path(path).is_file() and Path(path).stat().st_size >= before["done"] * row:
+            about["done"] = before["done"]                  # if not, its rows are lost: start again
     elif Path(path).exists():
         raise SystemExit(f"{path} exists and is no file of latents: name another")
 
     if about["done"] < count:
         clips.survey()
     common.make_folder(Path(path).parent)
-    common.put_state(f"{path}.pt", about)
-    if not whole:
-        reserve(path, size)
+    common.put_state(f"{path}.pt", about)                   # first: a file without its note is taken for another's
+    reserve(path, count * row)
     rows = np.memmap(path, np.float16, "r+", shape=(count, *about["shape"]))
 
     def make(i):

@@ -1223,6 +1223,21 @@ def test_stages_train_on_cached_latents(chain, tmp_path, footage, monkeypatch):
         monkeypatch.setattr(vae, "encode", until(9))                    # the three that are left, not one more
         data.prepare_latents(path, footage, "tiny", vae, 5)
         assert np.array_equal(np.fromfile(path, np.float16), whole)
+    os.remove(path)
+    monkeypatch.setattr(vae, "encode", encode)
+    with pytest.raises(SystemExit, match="has 5 clips already; --clips: that many, or more"):
+        data.prepare_latents(path, footage, "tiny", vae, 3)
+    os.remove(f"{path}.pt")
+    data.prepare_latents(path, footage, "tiny", vae, 3)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="make room"):
+        patch.setattr(os, "posix_fallocate", lambda fd, start, size: os.truncate(fd, size) or os.write(-1, b""))
+        data.prepare_latents(path, footage, "tiny", vae, 5)
+    data.prepare_latents(path, footage, "tiny", vae, 3)                 # a full disk: the three are there
+    assert np.array_equal(np.fromfile(path, np.float16), whole[:len(whole) // 5 * 3])
+    assert len(data.LatentBank(path, "tiny")) == 3
+    monkeypatch.setattr(vae, "encode", until(6))                        # two more, not one of the three again
+    data.prepare_latents(path, footage, "tiny", vae, 5)
+    assert np.array_equal(np.fromfile(path, np.float16), whole)
     monkeypatch.setattr(vae, "encode", encode)
     assert data.read_latents_about(path)["done"] == about["done"] == 5
     hr, lr = data.Clips(footage, 9, 48, "light").survey().clip(0, 3)
