@@ -1,7 +1,7 @@
 """The networks of DUO-VSR and what their outputs mean.
 
     CONVENTIONS (each has a test)
-    time        t in [0, 1]; t = 1 is pure noise; the network is fed 1000 t
+    time        t in [0, 1]; t = 1 is pure noise; the time embedding is that of 1000 t
     path        z_t = (1 - t) z_0 + t eps
     velocity    v = eps - z_0, so that z_0 = z_t - t v and eps = z_t + (1 - t) v
     student     z_0 = eps - v(eps, t = 1, z_lr, c): one Euler step from noise to data
@@ -15,11 +15,12 @@
 
     NAMES
     cfg is the Config of a run; cfg_w, cfg_net, cfg_target and the part "cfg" are of classifier-free guidance
+    lr, and lr_fake, lr_head, pd_lr, cfg_lr, are learning rates; z_lr, lr_noise and the lr of a clip are low resolution
 
 DiT is the Wan2.1 block at every size, under Wan's own parameter names (Wan-Video/Wan2.1, wan/modules/model.py), with
 twice the input channels: the noisy latent and the latent of the upsampled low-resolution video, [z_t, z_lr].
-At the presets tiny and small z_lr is first drawn towards what it stands for by a few convolutions (Predictor), and the
-output is added to a velocity that needs no network (linear_velocity).
+At the presets tiny and small a few convolutions (Predictor) first turn z_lr into a guess of z_0, and the output is
+added to a velocity that needs no network (linear_velocity).
 """
 import functools
 import itertools
@@ -39,7 +40,7 @@ NULL, POSITIVE, NEGATIVE = 0, 1, 2      # prompt ids: no text, high quality, low
 AGAINST = NEGATIVE                      # neg, what guidance moves away from [ours]; the paper's: NULL, no text
 
 # learned: prompts are parameters; otherwise they are read from a file
-# predictor: width of the Predictor, whose guess linear_velocity takes for z_lr; 0: neither
+# predictor: width of the Predictor, whose guess takes the place of z_lr; 0: none, and no linear_velocity
 # rope: base of the rotary frequencies. A short head has few: 10000 would leave it 1, 0.16, 0.03, ... radians a token
 MODELS = {
     "tiny":    dict(dim=128, layers=6, heads=4, ffn=512, text_dim=64, prompt_len=4, learned=True,        # 1.93 M
@@ -85,7 +86,7 @@ def guide(v_c, v_neg, w):
 
 
 def euler(velocity, eps, steps, shift):
-    """Integrate dz/dt = velocity(z, t) from t = 1 to t = 0 in equal (shifted) steps. eps: (B, ...). Returns z_0."""
+    """Integrate dz/dt = velocity(z, t) from t = 1 to t = 0 over time_grid(steps, shift). eps: (B, ...). Returns z_0."""
     z, grid = eps, time_grid(steps, shift).to(eps.device)
     for i in range(steps, 0, -1):
         t = grid[i].expand(len(z))
@@ -112,11 +113,12 @@ def one_step(net, eps, z_lr):
 
 
 def linear_velocity(z_t, t, z_lr, variance):
-    """E[v | z_t, z_lr] if z_0 - z_lr were white noise of this variance, (C,): what needs no network.
+    """E[v | z_t, z_lr] if z_0 - z_lr were white Gaussian noise of this variance, (C,): the part that needs no network.
 
-    A small network that has to pass its noise through to its output, v = eps - z_0, leaves part of it in z_0 as grain.
-    With this added to the output it only learns the rest: at t = 1 the sum is z_t - z_lr, so the one step starts from
-    z_0 = z_lr; at t = 0 it is -z_t. The skip connection of EDM (Karras et al. 2022), for flow matching given z_lr.
+    A small network has to copy eps to its output, v = eps - z_0, and what it fails to copy stays in z_0 as grain. With
+    this added it only learns the rest: at t = 1 this is z_t - z_lr, so the one step starts from z_0 = z_lr (the guess,
+    where there is one); at t = 0 it is -z_t. The skip connection of EDM (Karras et al. 2022), for flow matching given
+    z_lr.
     """
     t, variance = bcast(t, z_t), variance.view(1, -1, 1, 1, 1)
     # with r = z_0 - z_lr: v = eps - r - z_lr, and z_t - (1 - t) z_lr = (1 - t) r + t eps =: y, so E[v | y] = k y - z_lr
@@ -208,6 +210,7 @@ class Block(nn.Module):
 
 
 class Head(nn.Module):
+    """The last layer of a DiT: tokens to patches of velocity, modulated by time."""
     def __init__(self, dim, out):
         super().__init__()
         self.norm = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
@@ -251,7 +254,7 @@ class DiT(nn.Module):
         self.rope = rope                                                # base of the rotary frequencies
         self.checkpointing = False                                      # keep block inputs, compute the rest twice
         self.predictor = Predictor(channels, predictor) if predictor else None
-        # E (z_0 - z_lr)^2 of each channel, which stage 0 measures, for linear_velocity
+        # E (z_0 - z_lr)^2 of each channel, for linear_velocity: stage 0 measures it before the Predictor has learnt
         self.register_buffer("residual", torch.full((channels,), 0.5) if predictor else None)
         self.patch_embedding = nn.Conv3d(2 * channels, dim, (1, 2, 2), stride=(1, 2, 2))
         self.text_embedding = nn.Sequential(nn.Linear(text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim))
@@ -286,25 +289,25 @@ class DiT(nn.Module):
         (B, prompt_len, text_dim). Returns v like z, or (v, [features]).
         """
         if self.predictor is not None:
-            z_lr = self.predictor(z_lr)
+            z_lr = self.predictor(z_lr)                                 # from here on the guess of z_0
         context = self.prompts[text] if text.dtype == torch.long else text
         context = self.text_embedding(context)                          # (B, prompt_len, D); padding is attended to
         with torch.autocast("cuda" if z.is_cuda else "cpu", enabled=False):     # time in fp32: it scales everything
             e = self.time_embedding(sinusoid(1000 * t))                 # (B, D)
             e0 = self.time_projection(e).unflatten(1, (6, -1))          # (B, 6, D)
         x = self.patch_embedding(torch.cat([z, z_lr], dim=1))           # (B, D, T, H/2, W/2)
-        T, H, W = x.shape[2:]
+        T, H, W = x.shape[2:]                                           # of tokens
         x = rearrange(x, "B D T H W -> B (T H W) D").float().contiguous()       # the residual stream stays fp32
         table = rope_table(T, H, W, x.shape[-1] // self.blocks[0].self_attn.heads, self.rope, x.device)
         features = []
         for i, block in enumerate(self.blocks):
-            if self.checkpointing and torch.is_grad_enabled():          # the reentrant kind gives frozen inputs nothing
+            if self.checkpointing and torch.is_grad_enabled():          # reentrant: no gradient unless an input has one
                 x = checkpoint(block, x, e0, context, table, use_reentrant=False)
             else:
                 x = block(x, e0, context, table)
             if i in taps:
                 features.append(x)
-        with torch.autocast("cuda" if z.is_cuda else "cpu", enabled=False):     # nor is the velocity rounded
+        with torch.autocast("cuda" if z.is_cuda else "cpu", enabled=False):     # in fp32: the velocity is not rounded
             v = self.head(x, e)
         v = rearrange(v, "B (T H W) (p q C) -> B C T (H p) (W q)", T=T, H=H, W=W, p=2, q=2)
         if self.residual is not None:
@@ -329,9 +332,8 @@ def compile_blocks(net):
 class LoRA(nn.Module):
     """Low-rank adapters of all linear layers in the blocks of a frozen DiT (Hu et al. 2021): y + up(down(x)).
 
-    up starts at 0. The adapters become net.lora, where DDP finds them; `merged` is the net without them. In bf16 y
-    hides what is far smaller: over the first few updates the network hardly computes what it has learnt, though its
-    gradient is right.
+    up starts at 0. The adapters become net.lora, where DDP finds them; `merged` is the net without them. In bf16 what
+    is far smaller than y is rounded away: the first updates hardly show in the output, though the gradient is right.
     """
 
     def __init__(self, net, rank):
@@ -368,9 +370,9 @@ class RFSHead(nn.Module):
 
     dim: width D of one feature. taps: how many features there are of each model. grid: (T, H/2, W/2) token grid.
     models: 2 for real and fake, 1 for one of them. pooled: one logit per clip instead of one per patch (as DMD2).
-    The last convolution starts at 0, so all logits start at 0 and the hinge loss at exactly 2. No normalisation between
-    its layers [ours]: over a clip it would erase how strong a feature is there, which is what first tells HR
-    from a student.
+    The last convolution starts at 0, so all logits start at 0 and the hinge loss at exactly 2. No GroupNorm between its
+    layers [ours]: it would divide by how strong a feature is over the clip, which first tells HR from a student
+    (`normalise` is per token, and keeps the shares of its features).
     """
 
     def __init__(self, dim, taps, channels, grid, models=2, pooled=False):

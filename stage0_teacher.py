@@ -81,7 +81,7 @@ def flow_loss(net, z_0, z_lr, text, t, eps):
 
 
 def guess_loss(net, z_0, z_lr):
-    """E ||g(z_lr) - z_0||^2 per sample, (B,), of the first guess g: least where it is the mean of z_0 given z_lr.
+    """E ||g(z_lr) - z_0||^2 per sample, (B,), of the first guess g: least for g(z_lr) = E[z_0 | z_lr].
     Where the network makes none (wan1.3b), 0."""
     if net.predictor is None:
         return z_0.new_zeros(len(z_0))
@@ -190,7 +190,7 @@ def main(cfg):
             with common.accumulating(part + world >= parts, ddp):
                 with autocast:
                     losses = flow_loss(ddp, z_0, z_lr, text, t, eps)
-                    guess = ~soft * guess_loss(net, z_0, z_lr)          # of sharp targets; no prompt tells it which
+                    guess = ~soft * guess_loss(net, z_0, z_lr)          # 0 for softened targets: g sees no prompt
                 ((losses + guess).mean() / cfg.accumulate).backward()
         norm = common.clip_and_step(optimiser, net, 1.0)
         common.ema_update(ema, net, min(cfg.ema, (step + 1) / (step + 10)))

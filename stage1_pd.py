@@ -10,10 +10,11 @@ Reads   out/<preset>/stage0/last.pt (ema), or weights/tiny_teacher.pt if there i
 Writes  out/<preset>/stage1/last.pt: cfg (guided multi-step model, the real score of stage II), student (one step),
         vae, and what --resume needs; log.jsonl, panel.png, loss.png.
 
-Differs from the paper: (1) the loss compares velocities; end points (pd_space = "z", the paper's) would weigh one step
-of a grid of 64 up to 540 times as much as another at shift 5; (2) guidance is (1 + w) v(c) - w v(neg): the factor w on
-the second term is missing in a public summary of the paper, and without it c = neg would not give v(neg); (3) neg is
-the low-quality prompt (AGAINST in model.py), not no text: the tiny teacher hardly tells none from the good one.
+Differs from the paper: (1) the loss compares velocities; end points (pd_space = "z", the paper's) weigh a step by its
+squared length: of a student of 32 steps one up to 470 times as much as another at shift 5, all alike at shift 1;
+(2) guidance is (1 + w) v(c) - w v(neg): the factor w on the second term is missing in a public summary of the paper,
+and without it c = neg would not give v(neg); (3) neg is the low-quality prompt (AGAINST in model.py), not no text: the
+tiny teacher hardly tells none from the good one.
 """
 from copy import deepcopy
 from dataclasses import dataclass
@@ -48,7 +49,7 @@ class Config:
     cfg_lr: float = 1e-4            # its learning rate, linear to 0 [ours]
     pd_grid: tuple = (64, 32, 16, 8, 4, 2, 1)   # Euler steps of each teacher, and of the last student [paper]
     steps_per_phase: int = 60       # steps until the student becomes the teacher [paper: 500]
-    pd_lr: float = 5e-4             # learning rate of the last phase, / sqrt(n) in that of n steps, linear to 0 [ours]
+    pd_lr: float = 5e-4             # learning rate: pd_lr / sqrt(n) where the student has n steps, linear to 0 [ours]
     pd_space: str = "v"             # "v": compare velocities [Salimans & Ho]; "z": compare end points [paper]
     shift: float = 1.0              # time shift of all grids; they nest only if it never changes [Wan: 5 for 720p]
     log_every: int = 10             # steps between log lines
@@ -153,10 +154,10 @@ def main(cfg):
             if phase == 0:
                 cfg_net.load_state_dict(student.state_dict())
             optimiser.state.clear()
-        n = cfg.pd_grid[phase + 1] if phase >= 0 else 0                 # steps of this phase's student
         if phase < 0:
-            lr = cfg.cfg_lr * (1 - step / cfg.cfg_steps)
+            n, lr = 0, cfg.cfg_lr * (1 - step / cfg.cfg_steps)
         else:               # the more steps, the less there is to learn, and the less Adam's noise may move the student
+            n = cfg.pd_grid[phase + 1]                                  # steps of this phase's student
             lr = cfg.pd_lr / n ** 0.5 * (1 - k / cfg.steps_per_phase)
         for group in optimiser.param_groups:
             group["lr"] = lr
@@ -174,16 +175,14 @@ def main(cfg):
                 with autocast:
                     return teacher(z, t, z_lr, M.prompt(z, which)).float()
 
-            if phase < 0:
-                t = t_end = M.time_shift(u, cfg.shift)                  # t_end is not used
-            else:
-                t, t_mid, t_end = pd_times(u, n, cfg.shift)
-            z_t = M.add_noise(z_0, eps, t)                              # at n = 1 this is eps: HR plays no part
-            # v_start: what the student would say if it had learnt nothing in this phase
-            with torch.no_grad():
+            with torch.no_grad():       # v_start: what the student says if it has learnt nothing in this phase
                 if phase < 0:
+                    t = t_end = M.time_shift(u, cfg.shift)              # t_end is not used
+                    z_t = M.add_noise(z_0, eps, t)
                     target, v_start = cfg_target(velocity, z_t, t, cfg.cfg_w)
                 else:
+                    t, t_mid, t_end = pd_times(u, n, cfg.shift)
+                    z_t = M.add_noise(z_0, eps, t)                      # at n = 1 this is eps: HR plays no part
                     target, v_start = pd_target(velocity, z_t, t, t_mid, t_end)
             with common.accumulating(part + world >= parts, ddp):
                 with autocast:

@@ -1,21 +1,21 @@
 """Stage II: dual-stream distillation. A one-step student follows two streams of gradient at once.
 
 DMD moves the student's distribution towards the teacher's: a frozen "real" score model says where clean data lie, a
-"fake" one, trained along on the student's own outputs, says where the student's lie; their difference is the gradient.
+"fake" one, trained alongside on the student's outputs, says where the student's lie; their difference is the gradient.
 RFS-GAN moves it towards real video: a small convolutional head reads the features of both score models.
 Why both (the paper's reasons; README has what we found): DMD alone can be no better than its teacher, and is biased:
-the real score was never trained on a student's outputs, and its clean estimates of them shift what they show away from
-HR. The GAN sees real video, but alone it is unstable. Both look at noised samples, where the two distributions overlap.
+the real score was never trained on a student's outputs, and its clean estimates of these drift off HR. The GAN sees
+real video, but alone it is unstable. Both streams see noised samples, where the two distributions overlap.
 
     gradient of     student     fake        head        real        (-: takes no part)
-    L_Diff          -           trains      -           -
-    L_D             -           detached    trains      no_grad
+    L_Diff          no_grad     trains      -           -
+    L_D             no_grad     detached    trains      no_grad
     L_DMD           trains      detached    -           detached
     L_G             trains      passes on   passes on   passes on
     L_FM            trains      passes on   -           passes on
 
-In the student's update one forward of each score model serves L_DMD, L_G and L_FM: its velocity is detached, its
-features are not.
+In the student's update one forward of each score model at z_t^S serves L_DMD, L_G and L_FM (which takes another, of
+HR): its velocity is detached, its features are not.
 
     python stage2_dual.py                                       # tiny, on a CPU
     torchrun --nproc_per_node=8 stage2_dual.py --preset small
@@ -33,8 +33,9 @@ logits are per patch; all else that is marked [ours] or with its source.
 Only for comparison (ablate.py): regression in place of the streams, and a student that has not been through stage I.
 
 Names: z_0 is the student's output here, z_hr the latent of HR (z_0 in stages 0 and I); eps_in the noise the student
-starts from, eps the one that is added to z_0 at time t. Logits and features: _hr are HR's, _s the student's. head is
-the discriminator, net.head the last layer of a DiT.
+starts from, eps the one that is added to z_0 at time t. Of velocities, estimates and features _real and _fake say
+which score model's they are, of logits and features _hr and _s whose video's. head is the discriminator, net.head the
+last layer of a DiT.
 """
 import math
 import statistics
@@ -87,7 +88,7 @@ class Config:
     head_channels: int = 64         # width of the discriminator head [ours]
     pooled: bool = False            # one logit per clip [DMD2] instead of one per patch
     gan_same_noise: bool = True     # in L_D HR and the student's sample share t and eps, as in L_FM always [ours]
-    lr: float = 2e-4                # student learning rate; 4e-4 threw one about [ours; 2e-6 at 1.3B: CausVid]
+    lr: float = 2e-4                # student learning rate; at 4e-4 one was unstable [ours; 2e-6 at 1.3B: CausVid]
     lr_fake: float = 2e-4           # fake score learning rate [ours]
     lr_head: float = 1e-3           # head learning rate [ours]
     ema: float = 0.95               # decay of the student's average [ours; 0.99 at 1.3B: Self-Forcing]
@@ -110,7 +111,7 @@ PRESETS = {                         # the first one is the default; its values r
 
 
 def score_times(u, t_min, t_max, shift):
-    """t = t_min + (t_max - t_min) shift(u), u: (B,) uniform. To clamp would put 9 % of them at t_max at shift 5."""
+    """t = t_min + (t_max - t_min) shift(u), u: (B,) uniform. Clamping would put 9 % of them at t_max at shift 5."""
     return t_min + (t_max - t_min) * M.time_shift(u, shift)
 
 
@@ -213,7 +214,8 @@ def main(cfg):
     common.reseed(cfg.seed, "head")
     head = M.RFSHead(M.MODELS[cfg.model]["dim"], len(taps), cfg.head_channels, (clip["window"], side, side),
                      models=2 if cfg.features == "both" else 1, pooled=cfg.pooled).to(device)
-    student.requires_grad_(True), fake.requires_grad_(True)
+    for net in (student, fake):
+        net.requires_grad_(True)
     # beta_1 = 0, as Self-Forcing; the head learns sooner with momentum (LOG.md, "why the head did not learn"). No
     # weight decay: at these rates it would move nothing
     opt_student = torch.optim.AdamW(student.parameters(), lr=cfg.lr, betas=(0.0, 0.999), weight_decay=0)
@@ -242,8 +244,8 @@ def main(cfg):
 
     def time_and_noise(z, part):
         """Score times, one per clip, and the noise that is added there, the same for all losses of one update (but for
-        L_D's HR without gan_same_noise), so that student and HR differ by content alone. Fresh noise: with eps_in z_t
-        would lie on the very path that led the student to z_0."""
+        L_D's HR without gan_same_noise), so that student and HR differ by content alone. Fresh noise, not eps_in: the
+        score models have only learnt noise that is independent of z_0."""
         u = common.draw(torch.rand, (len(z),), part, parts, device)
         return (score_times(u, cfg.t_min, cfg.t_max, cfg.shift),
                 common.draw(torch.randn, z.shape, part, parts, device))
@@ -270,11 +272,11 @@ def main(cfg):
         gan, values = "gan" in active, {}
 
         # 1) auxiliary updates: the fake score follows the student (L_Diff), the head tells it from HR (L_D)
-        updates = 0 if not uses_scores(cfg) else cfg.aux_per_student if step >= 0 else 1
+        updates = (cfg.aux_per_student if step >= 0 else 1) if uses_scores(cfg) else 0
         for k in range(updates):
             for part in range(rank, parts, world):
                 z_hr, z_lr, eps_in = next_batch(step, k, part)
-                with torch.no_grad(), autocast:                         # L_Diff trains fake, L_D head: no other
+                with torch.no_grad(), autocast:                         # neither L_Diff nor L_D trains the student
                     z_0 = M.one_step(student, eps_in, z_lr)
                 t, eps = time_and_noise(z_0, part)
                 z_t = M.add_noise(z_0, eps, t)
@@ -285,21 +287,19 @@ def main(cfg):
                     if head_trains:
                         t_hr, eps_hr = (t, eps) if cfg.gan_same_noise else time_and_noise(z_hr, part)
                         f_hr = features_of_hr(M.add_noise(z_hr, eps_hr, t_hr), t_hr, z_lr)
-                        f_s = []
-                        if real in backbones:
-                            with torch.no_grad():
-                                f_s += score(real, z_t, t, z_lr)[1]
-                        if fake in backbones:
-                            f_s += [f.detach() for f in f_fake]         # stop-gradient: fake serves no head
+                        with torch.no_grad():
+                            f_real = score(real, z_t, t, z_lr)[1] if real in backbones else []
+                        f_s = f_real + [f.detach() for f in f_fake if fake in backbones]    # L_D trains head, not fake
                         with autocast:                                  # HR, then the student
                             logits = head_ddp([torch.cat(pair) for pair in zip(f_hr, f_s, strict=True)])
                         loss_d = hinge_d(*logits.float().chunk(2))
-                    ((loss_diff + loss_d) / cfg.accumulate).backward()  # they train different weights: one serves both
-            norm_fake = common.clip_and_step(opt_fake, fake, cfg.clip_norm)
+                    ((loss_diff + loss_d) / cfg.accumulate).backward()  # different weights: one backward does both
+            values = dict(diff=loss_diff, grad_norm_fake=common.clip_and_step(opt_fake, fake, cfg.clip_norm))
             if head_trains:
                 common.clip_and_step(opt_head, head, cfg.clip_norm)
-            opt_fake.zero_grad(), opt_head.zero_grad()                  # frees memory, but for DDP's buckets
-            values = dict(diff=loss_diff, grad_norm_fake=norm_fake) | (dict(d=loss_d) if head_trains else {})
+                values["d"] = loss_d
+            for optimiser in (opt_fake, opt_head):
+                optimiser.zero_grad()                                   # frees memory, but for DDP's buckets
         if step < 0:
             warm.append(loss_d.item())
             bar.set_postfix_str(f"warm-up: diff {loss_diff.item():.3g} d {warm[-1]:.3g}")
@@ -312,8 +312,9 @@ def main(cfg):
             continue
 
         # 2) student update: L = w_dmd L_DMD + w_gan L_G + w_fm L_FM, all on one noised student sample
-        #    (and |z_0 - z_0^HR|^2, if stream mse was asked for)
-        fake.requires_grad_(False), head.requires_grad_(False)          # they pass gradient on to z_0 but take none
+        #    (and |z_0 - z_hr|^2, if stream mse was asked for)
+        for net in (fake, head):
+            net.requires_grad_(False)                                   # they pass gradient on to z_0 but take none
         opt_student.zero_grad()
         done = step + 1
         logs = done % cfg.log_every == 0 or done == cfg.steps
@@ -328,11 +329,11 @@ def main(cfg):
                 if uses_scores(cfg):
                     t, eps = time_and_noise(z_0, part)
                     z_t = M.add_noise(z_0, eps, t)
-                    with torch.set_grad_enabled(gan and real in backbones):   # DMD alone needs no gradient through them
+                    with torch.set_grad_enabled(gan and real in backbones):     # a graph where the GAN reads features
                         v_real, f_real = score(real, z_t, t, z_lr)
                     with torch.set_grad_enabled(gan and fake in backbones):
                         v_fake, f_fake = score(fake, z_t, t, z_lr)
-                    with torch.no_grad():                               # no derivative of a score in the KL gradient
+                    with torch.no_grad():                               # the KL gradient does not go through scores
                         if cfg.real_score == "teacher":
                             with autocast:
                                 v_neg = real(z_t, t, z_lr, M.prompt(z_t, M.AGAINST)).float()
@@ -348,11 +349,12 @@ def main(cfg):
                         losses["gan"] = cfg.w_gan * hinge_g(head(f_s).float())
                     losses["fm"] = cfg.w_fm * fm_loss(f_s, f_hr, cfg.fm_norm)
                 if logs and part + world >= parts:                      # logged: the last part
-                    pull = stream_gradients(losses, z_0)
+                    pull = loss_gradients(losses, z_0)
                 (sum(losses.values()) / cfg.accumulate).backward()
         norm = common.clip_and_step(opt_student, student, cfg.clip_norm)
         common.ema_update(average, student, cfg.ema)
-        fake.requires_grad_(True), head.requires_grad_(True)
+        for net in (fake, head):
+            net.requires_grad_(True)
 
         # 3) log, save, panel
         if logs:
@@ -406,8 +408,8 @@ def passes(cfg):
     return {name: (kept, *(cfg.accumulate * k for k in numbers)) for name, (kept, *numbers) in counts.items()}
 
 
-def stream_gradients(losses, z_0):
-    """What each stream asks of the student's output: {name: d loss / d z_0}; zeros for one that does not reach it."""
+def loss_gradients(losses, z_0):
+    """What each loss asks of the student's output: {name: d loss / d z_0}; zeros for one that does not reach it."""
     found = {}
     for name, loss in losses.items():
         g = torch.autograd.grad(loss, z_0, retain_graph=True, allow_unused=True)[0] if loss.requires_grad else None
@@ -436,8 +438,8 @@ def detail(z, z_lr, z_hr):
 @torch.no_grad()
 def spatial_offsets(predict, z_0, z_hr, vae, eps, times=(0.2, 0.5, 0.8)):
     """How far the real score's clean estimates lie from HR, px, median over clips: [{"t", "student", "hr"}], starting
-    from the student's sample, noised, and from HR, noised. predict: (z_t, t) -> x_0. Where the first is larger, the
-    real score's supervision is biased (the paper's Fig. 2)."""
+    from the student's sample, noised, and from HR, noised. predict: (z_t, t) -> x_0. A first number that is larger is
+    in the paper's Fig. 2 the bias of the real score; how far the student's sample is off itself is in it, too."""
     truth, rows = [data.to_uint8(v) for v in vae.decode(z_hr)], []
     for time in times:
         t, row = torch.full((len(z_hr),), time, device=z_hr.device), {"t": time}
@@ -445,13 +447,13 @@ def spatial_offsets(predict, z_0, z_hr, vae, eps, times=(0.2, 0.5, 0.8)):
             videos = vae.decode(predict(M.add_noise(z, eps, t), t))
             offsets = [math.hypot(*metrics.shift(data.to_uint8(v), hr)) for v, hr in zip(videos, truth, strict=True)]
             offsets = [x for x in offsets if math.isfinite(x)]          # a crop without texture has none
-            row[name] = round(statistics.median(offsets), 3) if offsets else None   # some match elsewhere
+            row[name] = round(statistics.median(offsets), 3) if offsets else None   # median: some match elsewhere
         rows.append(row)
     return rows
 
 
 BLURRED, NOISY = 0.6, 1.2           # shares of the detail of HR at which verdicts speak of blur and of noise [ours]
-THROWN = 2.5                        # and, in any one line, of a student that is thrown about [ours]
+THROWN = 2.5                        # and, in any one line, of an unstable student [ours]
 
 
 def verdicts(out_dir, offsets=()):
@@ -485,7 +487,7 @@ def verdicts(out_dir, offsets=()):
     if last["detail"] > NOISY:
         words.append(f"the student adds {last['detail']:.0%} of HR's detail: noise; train longer, or lower cfg_w")
     if (most := max(line["detail"] for line in lines)) > THROWN:
-        words.append(f"the student once added {most:.1f} times HR's detail: thrown about, or HR has none; lower lr")
+        words.append(f"the student once added {most:.1f} times HR's detail: unstable, or HR has none; lower lr")
     if "pull_gan" in last and "d" in last:                              # without auxiliary updates there is no d
         words.append(f"hinge L_D {last['d']:.2f}: " + ("the head has won; lower lr_head" if last["d"] < 0.3 else
                      "healthy" if last["d"] <= 1.95 else "the head has not learnt yet; raise aux_warmup" if warm > 1.95

@@ -10,16 +10,16 @@ Reads   out/<preset>/stage2/last.pt: student.
 Writes  out/<preset>/stage3/pairs/*.pt, the ranked pairs, used again if they are there; pairs.json, pairs.png show them;
         out/<preset>/stage3/last.pt: student, vae, and what --resume needs; log.jsonl, held.jsonl, panel.png, loss.png.
 
-Differs from the paper: (1) the scorer is an offline proxy unless DOVER or a pyiqa metric is installed and named: NIQE
-and flicker, which are no independent evidence for this stage then, and consistency with LR, which counts under 30 dB
-alone, and few outputs have less; (2) an anchor to the stage II student is added (anchor = 0: none): at t = 1 dpo_inside
-is linear in the student's output, and the loss falls for ever along winner - loser; (3) of the pairs made only those
-with the larger margins are used (keep), of the proxy those on which its measures agree most; (4) some are held out, to
-see whether the preference carries over. Left open there and settled here: winner and loser share fresh noise and one
-time. With each candidate's own noise the reference reproduces both at t = 1, and the gradient is 0 (own_noise). The
-time is uniform, as the z_t of the formula suggests, though the student only ever runs at t = 1 (dpo_t = "one": there
-alone). At t < 1 neither it nor its reference has been trained since the early phases of stage I; what is learnt there
-reaches t = 1 through the weights that all times share.
+Differs from the paper: (1) the scorer is an offline proxy unless DOVER or a pyiqa metric is installed and named: NIQE,
+flicker (so neither can judge this stage), and consistency with LR, with no credit above 30 dB, which most outputs
+reach; (2) an anchor to the stage II student is added (anchor = 0: none): at t = 1 dpo_inside is linear in the student's
+output, and the loss falls for ever along winner - loser; (3) only the pairs with the larger margins are used (keep):
+with the proxy those on which its measures agree most; (4) some are held out, to see whether the preference carries
+over. Left open there and settled here: winner and loser share fresh noise and one time. With each candidate's own noise
+the reference reproduces both at t = 1, and the gradient is 0 (own_noise). The time is uniform, as the z_t of the
+formula suggests, though the student only ever runs at t = 1 (dpo_t = "one": there alone). No time under 1 has been
+trained since the last phase but one of stage I (there 1/2 alone); what is learnt at such times reaches t = 1 through
+the weights that all times share.
 """
 import json
 from copy import deepcopy
@@ -64,7 +64,7 @@ class Config:
     dpo_beta: float = 0.0           # beta of the mean-reduced loss; 0: 2 / (alpha median |winner - loser|^2) [ours]
     beta_mode: str = "constant"     # "constant", or "flow": beta (1 - t)^2, which is 0 at t = 1 [VideoAlign]
     anchor: float = 1.0             # times beta / (4 alpha), on |v - v_ref|^2; 0: none [ours]
-    alpha: float = 2.0              # at t = 1 the output moves by at most alpha E[winner - loser | LR] [ours]
+    alpha: float = 2.0              # at t = 1 the output moves by alpha E[winner - loser | LR] or less, about [ours]
     own_noise: bool = False         # replay each candidate's own noise: at t = 1 this teaches nothing
     log_every: int = 5              # steps between log lines
     save_every: int = 20            # steps between checkpoints and panels
@@ -97,17 +97,17 @@ def paired(net, z_w, z_l, eps_w, eps_l, t, z_lr):
     return v, squared_error(v, torch.cat([eps_w - z_w, eps_l - z_l])).chunk(2)
 
 
-def dpo_inside(win, win_ref, lose, lose_ref, beta):
+def dpo_inside(e_w, e_w_ref, e_l, e_l_ref, beta):
     """-(beta / 2) ((e_w - e_w^ref) - (e_l - e_l^ref)), the implicit reward margin of Diffusion-DPO. All (B,).
 
-    Positive where the student has moved towards the winner and away from the loser, compared with the reference.
+    Positive where, against the reference, the winner's error has fallen more, or risen less, than the loser's.
     """
-    return -beta / 2 * ((win - win_ref) - (lose - lose_ref))
+    return -beta / 2 * ((e_w - e_w_ref) - (e_l - e_l_ref))
 
 
 def dpo_loss(inside, drift=0.0, lam=0.0):
-    """L_DPO = -E log sigmoid(inside), the mean taken after the logarithm, ln 2 at the start; and the anchor, lam times
-    drift = |v - v_ref|^2, at t = 1 that of the clean estimates, |x - x_ref|^2 [ours]."""
+    """L_DPO = -E log sigmoid(inside), the mean taken after the logarithm, ln 2 at the start; plus the anchor [ours],
+    lam times drift = |v - v_ref|^2, which at t = 1 is that of the clean estimates, |x - x_ref|^2."""
     return -F.logsigmoid(inside).mean() + lam * drift
 
 
@@ -186,7 +186,7 @@ def usable(path, stamp):
 
 
 def spread(order, count):
-    """`count` of them, or all if there are fewer, evenly from the first to the last."""
+    """`count` items of `order`, or all if there are fewer: the middle one of each of `count` equal parts."""
     count = min(count, len(order))
     return [order[(2 * i + 1) * len(order) // (2 * count)] for i in range(count)]
 
@@ -263,8 +263,8 @@ def main(cfg):
     distance = torch.tensor([pair["distance"] for pair in kept])
     # alpha bounds how far the output moves, in units of (w - l): at t = 1 DPO pulls by sigmoid(-inside) beta (w - l),
     # the anchor back by 2 lam (x - x_ref), and they balance at alpha (w - l) or before. Where winner and loser are
-    # two inputs (t < 1, own_noise) e_l has the weight -beta / 4 from DPO and beta / (8 alpha) from the anchor: with
-    # alpha > 1/2 that only slows its growth, until sigmoid(-inside) has shrunk
+    # two inputs (t < 1, own_noise) DPO rewards e_l by beta / 4, and the anchor charges its part of |v - v_ref|^2
+    # beta / (8 alpha): with alpha > 1/2, as here, that only slows its growth, until sigmoid(-inside) has shrunk
     beta = cfg.dpo_beta or choose_beta(distance, cfg.alpha)
     lam = cfg.anchor * beta / (4 * cfg.alpha)
 
@@ -278,13 +278,15 @@ def main(cfg):
         u = common.draw(torch.rand, (cfg.batch, 3), part, parts, "cpu")
         batch = []
         for row, (a, b, c) in zip(rows, u.tolist(), strict=True):
-            t, y, x = int(a * (T - window + 1)), int(b * (H - size + 1)), int(c * (W - size + 1))
-            box = (..., slice(t, t + window), slice(y, y + size), slice(x, x + size))
+            f, y, x = int(a * (T - window + 1)), int(b * (H - size + 1)), int(c * (W - size + 1))
+            box = (..., slice(f, f + window), slice(y, y + size), slice(x, x + size))
             batch.append([kept[row][k][box] for k in ("win", "lose", "lr", "noise")])
         return [torch.stack(x).float().to(device) for x in zip(*batch, strict=True)]
 
-    # whose winner does the student prefer? of pairs held out, and as many (or all) that are trained on
-    measured = {"trained": spread(kept, len(held)), "held": held} if held and rank == 0 and start < cfg.steps else {}
+    # does the student prefer the winner? asked of the pairs held out, and of as many (or all) of those trained on
+    measured = {}
+    if held and rank == 0 and start < cfg.steps:
+        measured = {"trained": spread(kept, len(held)), "held": held}
     fixed = window, size, cfg.seed, device
     with autocast:
         gaps_ref = {name: error_gaps(reference, some, *fixed) for name, some in measured.items()}
@@ -301,8 +303,9 @@ def main(cfg):
             eps_w = eps_l = common.draw(torch.randn, z_w.shape, part, parts, device)
             if cfg.own_noise:
                 eps_w, eps_l = noise[:, 0], noise[:, 1]
-                with torch.no_grad(), autocast:                         # what it makes of a window alone differs from
-                    z_w, z_l = (M.one_step(reference, e, z_lr) for e in (eps_w, eps_l))     # that window of its clip
+                # the reference's output of this window alone, which differs from this window of its output of the clip
+                with torch.no_grad(), autocast:
+                    z_w, z_l = (M.one_step(reference, e, z_lr) for e in (eps_w, eps_l))
             u = common.draw(torch.rand, (cfg.batch,), part, parts, device)
             t = torch.ones_like(u) if cfg.dpo_t == "one" else u
 
@@ -369,9 +372,9 @@ def error_gaps(net, pairs, window, size, seed, device, times=(0.5, 1.0)):
 
 
 def preferred(gaps, gaps_ref):
-    """{t: share of pairs whose winner the student prefers, more than its reference does}; both as from `error_gaps`.
+    """{t: share of pairs whose e_l - e_w the student has raised over its reference's}; both as from `error_gaps`.
 
-    1/2 is chance. More of the pairs it trained on: it learns; of pairs held out: what it learns carries over.
+    1/2 is chance. Above it of pairs trained on: it learns; of pairs held out: what it learns carries over.
     """
     return {t: float(np.mean(gaps[t] > gaps_ref[t])) for t in gaps}
 

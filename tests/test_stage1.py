@@ -65,8 +65,9 @@ def test_pd_loss_spaces():
     assert stage1.pd_loss(v, target, t, t_end).item() == pytest.approx(per_sample.mean().item())
     a, b = (z_t - M.bcast(t - t_end, v) * x for x in (v, target))       # any z_t: it cancels
     assert stage1.pd_loss(v, target, t, t_end, "z").item() == pytest.approx((a - b).square().mean().item())
-    grid = M.time_grid(64, 5.0).diff()
-    assert (grid.max() / grid.min()).square().item() == pytest.approx(540, rel=0.001)
+    t, _, t_end = stage1.pd_times((torch.arange(32) + 0.5) / 32, 32, 5.0)
+    weight = (t - t_end).square()                                       # of the steps of the first student
+    assert (weight.max() / weight.min()).item() == pytest.approx(469, rel=0.001)
 
 
 def test_student_of_the_exact_two_step_teacher():
