@@ -547,7 +547,7 @@ def sha256(path):
 
 
 def prepare(film, stills, out, listed=Path(__file__).parent / "samples" / "media.json"):
-    """Cut the listed shots and shrink the listed photographs into out/train and out/val.
+    """Cut the listed shots and shrink the listed photographs into out/train, out/val and out/test.
 
     The film is soft at its own 1280x720 and sharp at 640x360; each photograph is shrunk to where it is sharp.
     """
@@ -556,7 +556,7 @@ def prepare(film, stills, out, listed=Path(__file__).parent / "samples" / "media
         raise SystemExit(f"{film}: no such file; samples/CREDITS.md says where the film comes from")
     if sha256(film) != todo["film"]["sha256"]:
         raise SystemExit(f"{film}: not the file that {listed} describes (sha256 differs)")
-    for split in ("train", "val"):
+    for split in {item["split"] for item in (*todo["film"]["shots"], *todo["stills"])}:
         Path(out, split).mkdir(parents=True, exist_ok=True)
     for shot in tqdm(todo["film"]["shots"], "shots"):
         frames = media.read_video(film, shot["start"], shot["end"] - shot["start"], size=todo["film"]["size"])
@@ -634,7 +634,7 @@ def main(argv=None):
     cut = commands.add_parser("prepare", help="cut the listed shots and photographs, or degrade and encode clips once")
     cut.add_argument("--film", help="bbb.mp4")
     cut.add_argument("--stills", help="folder of the photographs; without it only the film is cut")
-    cut.add_argument("--out", help="folder to write train/ and val/ into")
+    cut.add_argument("--out", help="folder to write train/, val/ and test/ into")
     cut.add_argument("--latents", help="instead: file to write latents into, for the --latents of the stages")
     cut.add_argument("--data", default="samples/train", help="folder of videos and photographs (default %(default)s)")
     cut.add_argument("--model", default="wan1.3b", choices=list(CLIPS), help="whose code (default %(default)s)")
