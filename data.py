@@ -549,7 +549,8 @@ def sha256(path):
 def prepare(film, stills, out, listed=Path(__file__).parent / "samples" / "media.json"):
     """Cut the listed shots and shrink the listed photographs into out/train, out/val and out/test.
 
-    The film is soft at its own 1280x720 and sharp at 640x360; each photograph is shrunk to where it is sharp.
+    The film is soft at its own 1280x720 and sharp at 640x360; each photograph is shrunk to where it is sharp. stills: a
+    folder of the photographs by their listed names, or with folders for the __ in these, as /usr/share has.
     """
     todo = json.loads(Path(listed).read_text())
     if not Path(film).is_file():
@@ -564,6 +565,7 @@ def prepare(film, stills, out, listed=Path(__file__).parent / "samples" / "media
         media.write_video(path, frames, Fraction(todo["film"]["fps"]), crf=6)
     for still in tqdm(todo["stills"] if stills else [], "photographs"):
         path = Path(stills, still["name"])
+        path = path if path.is_file() else Path(stills, *still["name"].split("__"))
         if not path.is_file() or sha256(path) != still["sha256"]:
             print(f"skipped: {path}: missing, or not the listed file")
             continue

@@ -334,16 +334,19 @@ def test_bank_is_made_once_and_for_these_settings(folder, tmp_path, monkeypatch)
 def test_prepare_cuts_only_what_is_listed(tmp_path):
     film = scene(0, 12, 64, 96)
     media.write_video(tmp_path / "film.mkv", film, 24)
-    Image.fromarray(scene(1, 1, 60, 90)[0]).save(tmp_path / "p.png")
+    (tmp_path / "a").mkdir()
+    for name in ("p.png", "a/q.png"):
+        Image.fromarray(scene(1, 1, 60, 90)[0]).save(tmp_path / name)
     listed = tmp_path / "list.json"
     todo = dict(film=dict(sha256=data.sha256(tmp_path / "film.mkv"), size=[48, 32], fps="24", shots=[
                     dict(shot=1, start=2, end=5, split="train"), dict(shot=7, start=8, end=12, split="val"),
                     dict(shot=9, start=0, end=2, split="test")]),
-                stills=[dict(name="p.png", sha256=data.sha256(tmp_path / "p.png"), scale=1.5, split="train")])
+                stills=[dict(name=name, sha256=data.sha256(tmp_path / "p.png"), scale=1.5, split="train")
+                        for name in ("p.png", "a__q.png", "b__q.png")])         # the last one is nowhere
     listed.write_text(data.json.dumps(todo))
     data.prepare(tmp_path / "film.mkv", tmp_path, tmp_path / "out", listed)
     files = sorted(str(p.relative_to(tmp_path / "out")) for p in Path(tmp_path, "out").rglob("*.*"))
-    assert files == ["test/bbb_009.mp4", "train/bbb_001.mp4", "train/p.jpg", "val/bbb_007.mp4"]
+    assert files == ["test/bbb_009.mp4", "train/a__q.jpg", "train/bbb_001.mp4", "train/p.jpg", "val/bbb_007.mp4"]
     val = media.read_video(tmp_path / "out/val/bbb_007.mp4")
     assert val.shape == (4, 32, 48, 3)
     assert abs(val - film[8:].reshape(4, 32, 2, 48, 2, 3).mean((2, 4))).mean() < 3
