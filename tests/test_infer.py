@@ -1,4 +1,6 @@
 """Tiles, colour and infer.py itself."""
+import inspect
+import itertools
 import os
 import re
 import shutil
@@ -134,12 +136,37 @@ def test_upscale_keeps_frames_and_multiplies_the_size(frames, h, w, scale):
     net, vae = tiny_net(), M.PatchVAE()
     vae.fit(torch.randn(1, 3, 9, 16, 16))
 
-    def run(**options):
+    def run(lr=lr, **options):
         out = infer.upscale(M.tiled(net, (3, 24, 24)), vae, 3, torch.device("cpu"), lr, scale=scale, **options)
         return data.to_uint8(out)
     assert run().shape == (frames, scale * h, scale * w, 3)
-    assert np.array_equal(run(), run())
+    assert np.array_equal(run(), run(lr[[*range(frames), -1]])[:frames])        # what is filled up is the last frame
     assert not np.array_equal(run(), run(seed=1)) and not np.array_equal(run(), run(start=4))
+
+
+@pytest.mark.parametrize("color", infer.COLORS)
+def test_where_the_network_changes_nothing_upscaling_is_bicubic(color):
+    """Each pixel stays at its place, whatever was filled up, and each frame keeps its own colours."""
+    lr, vae = np.random.default_rng(0).integers(0, 256, (6, 11, 13, 3), dtype=np.uint8), M.PatchVAE()
+    vae.fit(torch.randn(1, 3, 9, 16, 16))
+    out = infer.upscale(M.tiled(identity, (3, 24, 24)), vae, 3, torch.device("cpu"), lr, color=color)
+    assert abs(data.to_uint8(out).astype(int) - evaluate.upscale_bicubic(lr)).max() <= 1
+
+
+def test_shrinking_takes_away_what_would_alias():
+    vae = M.PatchVAE()
+    vae.draw_onto = lambda up, z_lr, z: torch.randn_like(up)
+    lr = np.zeros((1, 40, 40, 3), np.uint8)
+    out = infer.upscale(M.tiled(identity, (3, 24, 24)), vae, 3, torch.device("cpu"), lr, color="none", scale=2)
+    assert out.std() < 0.5                                  # a mean of four pixels, where one would have 0.7 and more
+
+
+def test_tiles_are_given_in_pixels_and_are_whole_tokens(checkpoint, monkeypatch):
+    seen = []
+    monkeypatch.setattr(M, "tiled", lambda net, window: seen.append(window) or net)
+    for tile in (0, 64, 44):                                                    # 0: as in training, 96
+        infer.load(checkpoint, "student", torch.device("cpu"), tile)
+    assert seen == [(5, 24, 24), (5, 16, 16), (5, 10, 10)]
 
 
 def test_noise_belongs_to_a_place_in_the_film():
@@ -160,6 +187,7 @@ def test_chunks_keep_every_frame_once_and_stay_within_shots(count, cuts):
     parts = infer.chunks(count, cuts, 17, 4)
     kept = [i for start, _, keep, _ in parts for i in range(start, start + keep)]
     assert kept == list(range(count))
+    assert all(a[1] < b[1] for a, b in itertools.pairwise(parts))               # each adds something
     edges = [0, *cuts, count]
     for start, end, keep, blend in parts:
         a = max(x for x in edges if x <= start)
@@ -278,10 +306,10 @@ def test_what_is_left_out_of_a_folder_is_said(plain, tmp_path, capsys):
     (tmp_path / "mixed/old.mp4").mkdir()                                            # a folder, whatever its name
     infer.main([str(tmp_path / "mixed"), str(tmp_path / "out")])
     assert "mixed: skipped, as no video or picture: list.txt, old.mp4\n" in capsys.readouterr().err
-    for i in (8, 9, 10, 13):
+    for i in (8, 9, 10, 12):
         Image.fromarray(scene(0, 1)[0]).save(tmp_path / f"frames/shot2_{i}.png")
     infer.main([str(tmp_path / "frames"), str(tmp_path / "film.mkv")])
-    assert "numbers are missing before shot2_13.png; the pictures are taken as successive" in capsys.readouterr().err
+    assert "numbers are missing before shot2_12.png; the pictures are taken as successive" in capsys.readouterr().err
     for i in (1, 2):                                                            # two numbers count: nothing is missing
         Image.fromarray(scene(0, 1)[0]).save(tmp_path / f"mixed/f_{i}_t{33 * i}.png")
     (tmp_path / "mixed/a.mkv").unlink()
@@ -355,7 +383,8 @@ def test_a_cut_never_blends(tmp_path, monkeypatch):
     shown = media.read_video(tmp_path / "out.mkv")[:, 0, 0, 0]
     want = [data.to_uint8(torch.full((3, 1, 1, 1), n / 10))[0, 0, 0, 0] for n in range(7)]
     assert list(shown[[0, 12, 29, 30, 59]]) == [want[1], want[1], want[3], want[4], want[6]]
-    assert (np.diff(shown[:30].astype(int)) >= 0).all() and want[1] < shown[14] < want[2]
+    ramp = [data.to_uint8(torch.full((3, 1, 1, 1), 0.1 + 0.02 * i))[0, 0, 0, 0] for i in range(6)]
+    assert list(shown[12:18]) == ramp and list(shown[18:24]) == [want[2]] * 6
 
 
 def test_cuts_in_a_folder_of_pictures(plain, tmp_path):
@@ -365,6 +394,9 @@ def test_cuts_in_a_folder_of_pictures(plain, tmp_path):
     assert infer.open_pictures(media.files_in(tmp_path / "frames", {".png"})).cuts == [9]
     infer.main([str(tmp_path / "frames"), str(tmp_path / "out.mkv")])
     assert plain == [9, 8]
+    for i in range(4):                                                          # a strobe is one change of scene
+        Image.fromarray(np.full((16, 16, 3), i % 2 * 255, np.uint8)).save(tmp_path / f"{i}.png")
+    assert infer.open_pictures(media.files_in(tmp_path, {".png"})).cuts == [1]
 
 
 def test_options_reach_the_network(tmp_path, monkeypatch):
@@ -382,6 +414,9 @@ def test_options_reach_the_network(tmp_path, monkeypatch):
                 "--device", "cpu"])
     assert given == [((f"{ROOT}/weights/tiny_teacher.pt", "ema", "cpu", 64),
                       dict(start=0, steps=2, w=0.5, seed=3, color="adain", scale=2))]
+    usual = vars(infer.arguments(["in", "out", "--chunk", "17"]))               # what evaluate.py measures
+    defaults = inspect.signature(infer.upscale).parameters
+    assert all(defaults[k].default == usual[k] for k in given[0][1].keys() - {"start"})
 
 
 def test_names_with_a_colon_and_deep_or_turned_pictures(plain, tmp_path):
@@ -437,6 +472,8 @@ def test_one_picture(plain, tmp_path):
     before = len(plain)
     infer.main([str(tmp_path / "a.png"), str(tmp_path / "d"), "--resume"])      # is done
     assert len(plain) == before
+    infer.main([str(tmp_path / "a.png"), str(tmp_path / "b.png"), "--resume"])  # named by the user: made again
+    assert len(plain) == before + 1
     assert len(media.read_video(tmp_path / "c.mp4")) == 1
     kept = (tmp_path / "a.png").read_bytes()
     for folder in (tmp_path, tmp_path / "d"):                                   # a.png beside the input; made before
@@ -447,6 +484,9 @@ def test_one_picture(plain, tmp_path):
 
 @pytest.mark.parametrize("target", ["out.mp4", "out.mkv", "out"])
 def test_a_killed_run_is_resumed_to_the_same_bytes(checkpoint, tmp_path, monkeypatch, target):
+    state = torch.load(checkpoint, weights_only=True)
+    torch.nn.init.normal_(state["student"]["head.head.weight"], std=0.2)        # else chunks agree where they meet
+    torch.save(state, checkpoint)
     frames = np.random.default_rng(0).integers(0, 256, (50, 8, 8, 3), dtype=np.uint8)
     media.write_video(tmp_path / "in.mkv", frames, 24)
     command = [str(tmp_path / "in.mkv"), str(tmp_path / target), "--ckpt", checkpoint, "--chunk", "17"]
@@ -473,13 +513,28 @@ def test_a_killed_run_is_resumed_to_the_same_bytes(checkpoint, tmp_path, monkeyp
     assert not (tmp_path / target).exists()
     with pytest.raises(SystemExit, match="add --resume"):
         infer.main(command)
-    with pytest.raises(SystemExit, match="another input"):
-        infer.main([*command, "--resume", "--seed", "1"])
     made = []
     monkeypatch.setattr(media.Unfinished, "write", lambda self, *a: made.append(a[0]) or write(self, *a))
     infer.main([*command, "--resume"])
     assert frozen(tmp_path / target) == whole and not set(made) & set(written)
     assert not list(tmp_path.glob(".*"))
+
+
+def test_pieces_of_another_input_checkpoint_or_setting_are_refused(plain, checkpoint, tmp_path, monkeypatch):
+    media.write_video(tmp_path / "in.mkv", scene(0, 3, 16, 16), 24)
+    command = [str(tmp_path / "in.mkv"), str(tmp_path / "out.mkv"), "--ckpt", checkpoint, "--chunk", "17", "--resume"]
+    with monkeypatch.context() as m, pytest.raises(ZeroDivisionError):
+        m.setattr(media.Unfinished, "finish", lambda *args: 1 / 0)
+        infer.main(command)
+
+    def refused(*more):
+        with pytest.raises(SystemExit, match="another input, checkpoint or setting; remove that folder"):
+            infer.main([*command, *more])
+    for more in ("--part ema", "--scale 2", "--steps 2", "--w 0.5", "--seed 1", "--tile 64", "--vae_dtype bf16",
+                 "--vae_tiles", "--chunk 21", "--overlap 0", "--color none", f"--ckpt {infer.STUDENT}"):
+        refused(*more.split())
+    os.utime(tmp_path / "in.mkv", (1, 1))
+    refused()
 
 
 CHILD = """
@@ -609,7 +664,8 @@ def test_mistakes_get_one_line(checkpoint, tmp_path):
             ("name a folder", [good, str(tmp_path / "a.png")]), ("not writable", [good, "/proc/x/o.mp4"]),
             ("at least 1", [good, out, "--steps", "0"]), ("without 'ema'", [good, out, "--part", "ema"]),
             ("no such checkpoint", [good, out, "--ckpt", "none.pt"]), ("invalid choice", [good, out, "--scale", "5"]),
-            ("4k", [good, out, "--chunk", "16"]), ("4k", [good, out, "--overlap", "28"]),
+            ("such as 17", [good, out, "--chunk", "16"]), ("--chunk 1: ", [good, out, "--chunk", "1"]),
+            ("half of", [good, out, *"--chunk 17 --overlap 8".split()]), ("a number", [good, out, "--w", "nan"]),
             ("Wan's video code", [good, out, "--vae_tiles"]), ("Wan's", [good, out, "--vae_dtype", "bf16"]),
             ("32", [good, out, "--tile", "8"]), ("not available", [good, out, "--device", "cuda:7"])):
         with pytest.raises(SystemExit, match=words) as stop:
@@ -644,5 +700,13 @@ def test_out_of_memory_names_a_tile(monkeypatch, tmp_path):
     def too_big(*args, **options):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
     monkeypatch.setattr(infer, "load", lambda *a: too_big)
-    with pytest.raises(SystemExit, match="--tile 48"):
-        infer.main([str(tmp_path / "in.mkv"), str(tmp_path / "out.mp4")])
+
+    def advice(*more):
+        with pytest.raises(SystemExit) as stop:
+            infer.main([str(tmp_path / "in.mkv"), str(tmp_path / "out.mp4"), *more])
+        return stop.value.code.removeprefix("out of memory: ")
+    assert advice() == "try --tile 48 --chunk 25"
+    assert advice(*"--tile 48 --chunk 25".split()) == "try --tile 32 --chunk 17"
+    assert advice(*"--tile 32 --chunk 17".split()) == "it takes a larger machine"
+    monkeypatch.setattr(M, "read_checkpoint", lambda path: {"config": {"model": "wan1.3b"}})
+    assert advice() == "try --vae_tiles" and advice("--vae_tiles") == "try --tile 320 --chunk 21"
