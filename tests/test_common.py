@@ -28,6 +28,7 @@ class Config:
     accumulate: int = 1             # of batches
     resume: bool = False            # go on
     grid: tuple = (4, 2)            # numbers
+    log_every: int = 100            # steps
 
 
 PRESETS = {"tiny": dict(steps=3), "small": dict(steps=5, rate=1.0)}
@@ -39,6 +40,8 @@ def test_later_wins():
     given = ["--steps", "7", "--resume", "--grid", "8", "4", "2"]
     assert common.parse_config(Config, PRESETS, given) == Config(steps=7, resume=True, grid=(8, 4, 2))
     assert common.parse_config(Config, PRESETS, ["--no-resume"]).resume is False
+    for name in ("--log-every", "--log_every"):
+        assert common.parse_config(Config, PRESETS, [name, "7"]).log_every == 7
 
 
 @pytest.mark.parametrize("argv", [["--stepz", "3"], ["--step", "3"], ["--steps", "many"], ["--preset", "huge"], ["x"]])
@@ -76,6 +79,14 @@ def test_save_is_atomic(tmp_path):
     assert torch.load(path, weights_only=True)["step"] == 1
 
 
+def test_an_error_of_the_gpu_is_not_taken_for_a_full_disk(tmp_path, monkeypatch):
+    def failing(*args):
+        raise RuntimeError("CUDA error: device-side assert triggered")
+    monkeypatch.setattr(torch, "save", failing)
+    with pytest.raises(RuntimeError, match="device-side"):
+        common.put_state(tmp_path / "last.pt", {})
+
+
 def test_a_full_disk_is_one_line_and_keeps_the_checkpoint_before(tmp_path):
     """A limit on the size of files stands in for the disk."""
     path, before = tmp_path / "last.pt", resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -109,6 +120,16 @@ def test_weights_are_fp32_because_bf16_would_not_move():
     assert moved == pytest.approx(0.039, abs=0.004)
     w = w.float()
     assert (w + 2e-6 != w).float().mean() > 0.99
+
+
+def test_a_step_is_as_long_as_the_norm_allows_and_left_out_where_it_is_not_finite():
+    net = torch.nn.Linear(2, 1, bias=False)
+    sgd, before = torch.optim.SGD(net.parameters(), lr=1.0), net.weight.detach().clone()
+    for gradient, norm, moved in (([3.0, 4.0], 5, [0.6, 0.8]), ([3.0, torch.inf], torch.inf, [0.6, 0.8]),
+                                  ([torch.nan, 4.0], torch.nan, [0.6, 0.8]), ([0.0, 0.5], 0.5, [0.6, 1.3])):
+        net.weight.grad = torch.tensor([gradient])
+        assert common.clip_and_step(sgd, net, 1.0).item() == pytest.approx(norm, nan_ok=True)
+        torch.testing.assert_close(before - net.weight.detach(), torch.tensor([moved]))
 
 
 def test_average_of_weights():

@@ -794,6 +794,24 @@ def test_a_new_run_keeps_no_row_of_an_old_one(tmp_path):
     assert not common.read_log(tmp_path) and not common.read_log(tmp_path, "offsets.jsonl")
 
 
+@pytest.mark.parametrize("stage", [stage0, stage1, stage2, stage3])
+def test_a_run_goes_on_with_its_own_constants_alone(tmp_path, stage):
+    """All but those that change no number of a step, or say for how long, from where and to where."""
+    cfg, free = stage.Config(), "steps log_every save_every out data latents checkpointing compile".split()
+    common.save(tmp_path / "last.pt", cfg, "stage", 1, 9)
+    with pytest.raises(SystemExit, match="last.pt exists: add --resume to continue it, or name another --out"):
+        common.start_run(tmp_path, cfg)
+    cfg.resume = True
+    for name, value in vars(cfg).items():
+        other = not value if isinstance(value, bool) else value + type(value)("1")
+        changed = replace(cfg, **{name: other})
+        if name in free:
+            common.start_run(tmp_path, changed)
+        elif name not in ("batch", "accumulate", "resume"):     # the product of the first two counts
+            with pytest.raises(SystemExit, match=f"made with another {name};"):
+                common.start_run(tmp_path, changed)
+
+
 def first_and_last(scores):
     return 0, len(scores) - 1, 1.0
 
