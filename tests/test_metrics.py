@@ -133,7 +133,7 @@ def test_shift_is_found_and_undone(pan, by):
         assert metrics.psnr(*metrics.unshift(a, b, by)) > metrics.psnr(a, b) + 5
     flat = np.full((2, 32, 32, 3), 7, np.uint8)
     assert np.isnan(metrics.shift(flat, flat)).all()
-    assert metrics.unshift(a, b, (58.0, 0.0)) is None           # of 120 rows nothing would be left
+    assert metrics.unshift(a, b, (56.0, 0.0)) is None           # of 120 rows nothing would be left
 
 
 def test_levels_name_the_range(pan):
@@ -206,6 +206,10 @@ def test_lattice_is_the_share_of_what_every_token_repeats():
     assert metrics.lattice(both) == pytest.approx(want, rel=0.05)
     assert metrics.lattice(both[:, 3:, 5:]) == pytest.approx(want, rel=0.05)    # wherever blocks begin
     assert metrics.lattice(np.full((2, 32, 32, 3), 7, np.uint8)) == 0
+    alone = np.tile(np.uint8([128, 130, 128, 126] * 8)[None, None, :, None], (2, 32, 1, 3))
+    assert metrics.lattice(alone) == pytest.approx(100)
+    alone[0, 9, 9] = 255                                                # a strong edge hardly counts
+    assert metrics.lattice(alone) > 80
 
 
 def test_seam_sees_tiles_and_not_the_grid_of_tokens():
@@ -218,6 +222,7 @@ def test_seam_sees_tiles_and_not_the_grid_of_tokens():
     busier[:, :, 128:] = rng.integers(60, 140, (3, 256, 128, 1))            # content may change from place to place
     assert metrics.seam(busier, 80) == pytest.approx(1, abs=0.05)
     assert np.isnan(metrics.seam(x[:, :80, :80], 80))
+    assert metrics.seam(x[:, :165, :165], 80) == pytest.approx(1, abs=0.05)     # its second border is too near the edge
 
 
 @pytest.mark.parametrize("image", BASICSR["niqe"])
@@ -284,10 +289,19 @@ def test_proxy_rank_prefers_sharp_and_steady(pan):
     np.testing.assert_allclose(again[::-1], scores)
 
 
+def test_proxy_rank_takes_flicker_per_spatial_contrast():
+    still, noise = texture(3, 192, 288) - 128.0, np.random.default_rng(0).normal(0, 4, (3, 192, 288, 3))
+    both = [add(128 + gain * still, noise) for gain in (0.5, 1)]
+    contrast = [np.abs(np.diff(metrics.luma(x), axis=2)).mean() for x in both]
+    _, parts = metrics.proxy_rank(both, resample(both[1], 0.25))
+    assert parts["flicker"][0] / parts["flicker"][1] == pytest.approx(contrast[1] / contrast[0], rel=0.02)
+
+
 def test_proxy_rank_of_equal_or_tiny_candidates(pan):
     lr = resample(pan, 0.25)
-    scores, _ = metrics.proxy_rank([pan, pan.copy()], lr)
+    scores, parts = metrics.proxy_rank([pan, pan.copy()], lr)
     np.testing.assert_allclose(scores, 0, atol=1e-9)            # no margin out of nothing
+    assert (parts["lr_consistency"] == metrics.LR_ENOUGH).all()
     tiny = pan[:1, :32, :32]                                    # no NIQE, no flicker: lr_consistency decides
     scores, parts = metrics.proxy_rank([add(tiny, 40), tiny], lr[:1, :8, :8])
     assert np.isnan(parts["niqe"]).all() and scores[1] > scores[0]
