@@ -453,7 +453,7 @@ def spatial_offsets(predict, z_0, z_hr, vae, eps, times=(0.2, 0.5, 0.8)):
 
 
 BLURRED, NOISY = 0.6, 1.2           # shares of the detail of HR at which verdicts speak of blur and of noise [ours]
-THROWN = 2.5                        # and, in any one line, of an unstable student [ours]
+UNSTABLE = 2.5                      # and, in any one line, of an unstable student [ours]
 
 
 def verdicts(out_dir, offsets=()):
@@ -486,7 +486,7 @@ def verdicts(out_dir, offsets=()):
         words.append(f"the real score's x0 has {last['detail_real']:.0%} of HR's detail: blurred; lower t_max")
     if last["detail"] > NOISY:
         words.append(f"the student adds {last['detail']:.0%} of HR's detail: noise; train longer, or lower cfg_w")
-    if (most := max(line["detail"] for line in lines)) > THROWN:
+    if (most := max(line["detail"] for line in lines)) > UNSTABLE:
         words.append(f"the student once added {most:.1f} times HR's detail: unstable, or HR has none; lower lr")
     if "pull_gan" in last and "d" in last:                              # without auxiliary updates there is no d
         words.append(f"hinge L_D {last['d']:.2f}: " + ("the head has won; lower lr_head" if last["d"] < 0.3 else

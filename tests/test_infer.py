@@ -664,7 +664,8 @@ def test_mistakes_get_one_line(checkpoint, tmp_path):
             ("name a folder", [good, str(tmp_path / "a.png")]), ("not writable", [good, "/proc/x/o.mp4"]),
             ("at least 1", [good, out, "--steps", "0"]), ("without 'ema'", [good, out, "--part", "ema"]),
             ("no such checkpoint", [good, out, "--ckpt", "none.pt"]), ("invalid choice", [good, out, "--scale", "5"]),
-            ("such as 17", [good, out, "--chunk", "16"]), ("--chunk 1: ", [good, out, "--chunk", "1"]),
+            ("4k . 1, such as 17", [good, out, "--chunk", "16"]), ("--chunk 1: ", [good, out, "--chunk", "1"]),
+            ("4k", [good, out, "--overlap", "28"]),
             ("half of", [good, out, *"--chunk 17 --overlap 8".split()]), ("a number", [good, out, "--w", "nan"]),
             ("Wan's video code", [good, out, "--vae_tiles"]), ("Wan's", [good, out, "--vae_dtype", "bf16"]),
             ("32", [good, out, "--tile", "8"]), ("not available", [good, out, "--device", "cuda:7"])):

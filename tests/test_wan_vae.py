@@ -262,6 +262,7 @@ def test_tiling_is_close(reference):
     compared where neither a tile nor a blend ends."""
     whole, tiles, video = ours(reference), ours(reference), clip(1, 160, 144)
     tiles.code.enable_tiling()
+    assert tiles.code.use_tiling and not whole.code.use_tiling
     assert torch.equal(tiles.encode(video), whole.encode(video))                # smaller than one tile
     for half in (whole.code.encoder, whole.code.decoder, tiles.code.encoder, tiles.code.decoder):
         half.mid_block.attentions[0].proj.weight.zero_()
