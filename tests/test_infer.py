@@ -383,6 +383,7 @@ def test_a_cut_never_blends(tmp_path, monkeypatch):
     shown = media.read_video(tmp_path / "out.mkv")[:, 0, 0, 0]
     want = [data.to_uint8(torch.full((3, 1, 1, 1), n / 10))[0, 0, 0, 0] for n in range(7)]
     assert list(shown[[0, 12, 29, 30, 59]]) == [want[1], want[1], want[3], want[4], want[6]]
+    assert (np.diff(shown[:30].astype(int)) >= 0).all()
     ramp = [data.to_uint8(torch.full((3, 1, 1, 1), 0.1 + 0.02 * i))[0, 0, 0, 0] for i in range(6)]
     assert list(shown[12:18]) == ramp and list(shown[18:24]) == [want[2]] * 6
 
@@ -513,6 +514,8 @@ def test_a_killed_run_is_resumed_to_the_same_bytes(checkpoint, tmp_path, monkeyp
     assert not (tmp_path / target).exists()
     with pytest.raises(SystemExit, match="add --resume"):
         infer.main(command)
+    with pytest.raises(SystemExit, match="another input"):
+        infer.main([*command, "--resume", "--seed", "1"])
     made = []
     monkeypatch.setattr(media.Unfinished, "write", lambda self, *a: made.append(a[0]) or write(self, *a))
     infer.main([*command, "--resume"])
