@@ -1,5 +1,6 @@
 """degradation.py, step by step, against what each operation must do. Pictures are made on the spot."""
 import dataclasses
+from collections import Counter, defaultdict
 
 import numpy as np
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 import data
 import degradation
+import media
 from tests.conftest import scene
 
 # nothing but the final resize; the codec, noise, JPEG and blurs never happen
@@ -54,6 +56,24 @@ def test_kinds_are_as_long_as_wide_unless_they_say_otherwise(monkeypatch):
     assert seen == ["aniso" not in kind for kind in kinds]
 
 
+def test_parameters_of_kernels_stay_in_their_ranges_and_drift(monkeypatch):
+    """Those of Real-ESRGAN: a small sinc filter cuts off later, a plateau has another beta than a Gaussian."""
+    seen = defaultdict(list)
+    monkeypatch.setattr(degradation, "sinc_kernels", lambda size, omega: seen[f"sinc {size}"].append(omega))
+    monkeypatch.setattr(degradation, "gaussian_kernels", lambda size, x, y, angle, beta, plateau: (
+        seen["sigma"].append(x), seen[f"plateau {plateau}"].append(beta)))
+    for seed in range(100):
+        for kind, size in (("sinc", 11), ("sinc", 13), ("generalized_iso", 7), ("plateau_iso", 7)):
+            degradation.random_kernels(np.random.default_rng(seed), 5, (size, size), (0.2, 3), {kind: 1})
+    for name, low, high, step in (
+            ("sinc 11", np.pi / 3, np.pi, 0.0628), ("sinc 13", np.pi / 5, np.pi, 0.0628), ("sigma", 0.2, 3, 0.02),
+            ("plateau False", 0.5, 4, 0.05), ("plateau True", 1, 2, 0.1)):
+        values = np.stack(seen[name])
+        near = (high - low) / 20
+        assert low <= values.min() < low + near and high - near < values.max() <= high, name
+        assert 0.9 * step < abs(np.diff(values)).max() <= step + 1e-9, name
+
+
 def test_one_kernel_type_per_clip_with_the_listed_probabilities(monkeypatch):
     made = []
     monkeypatch.setattr(degradation, "sinc_kernels", lambda size, omega: made.append(("sinc", len(omega))))
@@ -93,6 +113,10 @@ def test_blur_each_frame_by_its_kernel():
     for i in range(2):                                       # the answer to an impulse is the kernel, mirrored
         assert np.allclose(got[i, 1, 5:10, 5:10].numpy(), kernels[i, ::-1, ::-1], atol=1e-6)
     assert np.allclose(degradation.blur(torch.full((1, 3, 4, 4), 0.3), np.full((1, 21, 21), 1 / 441)), 0.3)
+    kernel = np.zeros((1, 5, 5))
+    kernel[0, 2, 0] = 1                                      # looks two pixels to the left, over the border in a mirror
+    row = torch.arange(8.0).expand(1, 3, 8, 8)
+    assert degradation.blur(row, kernel)[0, 0, 0].tolist() == [2, 1, 0, 1, 2, 3, 4, 5]
 
 
 def test_resize_modes():
@@ -110,6 +134,9 @@ def test_bytes_are_rounded():
     """Cut off, each of the five conversions of a clip would make it half a level darker."""
     x = torch.tensor([0.6, 1.4, 99.6, 254.7]).div(255).view(1, 1, 1, 4).expand(1, 3, 1, 4)
     assert degradation.to_bytes(x)[0, 0, :, 0].tolist() == [1, 1, 100, 255]
+    levels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, 3)
+    back = degradation.from_bytes(levels)
+    assert np.array_equal(degradation.to_bytes(back), levels) and back.max() == 1
 
 
 def test_poisson_noise_in_units_of_one():
@@ -123,6 +150,15 @@ def test_poisson_noise_in_units_of_one():
         assert gray == torch.allclose(noise[:, 0], noise[:, 1], atol=1e-3)
     half = (degradation.poisson_noise(rng, x, np.full(1, 0.5), False) - x) * 255
     assert abs(half.std().item() - 5.65) < 0.2
+
+
+def test_shot_noise_has_as_many_levels_as_the_picture_and_grey_is_luma():
+    """In a flat picture of value x there is one level, and the variance is x: of a colour alone, its share of luma."""
+    for channel, luma in enumerate((0.299, 0.587, 0.114)):
+        x = torch.zeros(1, 3, 256, 256)
+        x[:, channel] = 1
+        noise = degradation.poisson_noise(np.random.default_rng(0), x, np.ones(1), True) - x
+        assert noise.var().item() == pytest.approx(luma, rel=0.03)
 
 
 def test_gaussian_noise():
@@ -186,6 +222,23 @@ def test_bitrate_follows_the_number_of_pixels(monkeypatch):
     assert codec == same and big == pytest.approx(4 * small) and 1e4 <= big <= 1e5
 
 
+def test_the_bitrate_is_that_of_a_frame(monkeypatch):
+    """At 25 frames per second it would be 25 times less."""
+    sizes, ffmpeg = [], media.ffmpeg
+    monkeypatch.setattr(media, "ffmpeg", lambda args, stdin: sizes.append(len(stdin)) or ffmpeg(args, stdin))
+    x = torch.rand(8, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+    degradation.video_codec(x, "libx264", 100_000)
+    assert 8 * sizes[1] / 8 == pytest.approx(100_000, rel=0.3)          # 8 bits a byte, 8 frames
+
+
+def test_two_of_three_clips_are_coded_by_libx264(monkeypatch):
+    codecs, rng = [], np.random.default_rng(0)
+    monkeypatch.setattr(degradation, "video_codec", lambda x, codec, bitrate: codecs.append(codec))
+    for _ in range(600):
+        degradation.random_video_codec(rng, torch.zeros(1, 3, 8, 8), (1e4, 1e5))
+    assert codecs.count("libx264") / 600 == pytest.approx(2 / 3, abs=0.05) and codecs.count("mpeg4") > 150
+
+
 @pytest.mark.parametrize("strength", ["light", "realbasicvsr"])
 def test_degrade(monkeypatch, strength):
     sizes, codec = [], degradation.random_video_codec
@@ -246,6 +299,44 @@ def test_each_round_has_its_own_ranges(monkeypatch):
         (s.gaussian[i], s.poisson[i], s.gray_prob))]
 
 
+@pytest.mark.parametrize("field", ["blur", "noise", "jpeg", "video"])
+def test_each_operation_of_each_round_has_its_own_probability(monkeypatch, field):
+    count = Counter()
+    for name in ("blur", "noise", "jpeg", "video"):
+        function = {"noise": "random_noise", "video": "random_video_codec"}.get(name, name)
+        monkeypatch.setattr(degradation, function, lambda *args, name=name: (
+            count.update([name]), next(x for x in args if torch.is_tensor(x)))[1])
+    for chances in ((1, 0), (0, 1)):
+        degradation.degrade(hr(0, 1, 16), np.random.default_rng(0), dataclasses.replace(
+            NULL, **{f"{field}_prob": chances}))
+        assert count.pop(field) == 1 and not count
+
+
+def test_quality_and_size_drift_within_a_clip(monkeypatch):
+    qualities, sizes, resize = [], [], degradation.resize
+    monkeypatch.setattr(degradation, "jpeg", lambda x, quality: qualities.append(quality) or x)
+    s = dataclasses.replace(NULL, jpeg_prob=(1, 1), jpeg=(30, 95))
+    for seed in range(20):
+        degradation.degrade(hr(0, 5, 16), np.random.default_rng(seed), s)
+    assert 2.5 < abs(np.diff(np.stack(qualities))).max() <= 3
+    monkeypatch.setattr(degradation, "resize", lambda x, size, mode: sizes.append(size[0]) or resize(x, size, mode))
+    degradation.random_resize(np.random.default_rng(0), torch.zeros(30, 3, 100, 8), (0, 1, 0), (0.15, 1.5), 0.03)
+    assert 0 < abs(np.diff(sizes[::2])).max() <= 4           # 3 px, and sizes are even
+
+
+def test_the_last_filter_and_the_last_resize_are_those_of_the_strength(monkeypatch):
+    omegas, modes, resize = [], set(), degradation.resize
+    monkeypatch.setattr(degradation, "sinc_kernels", lambda k, omega: omegas.append((k, *omega)) or np.ones((2, 1, 1)))
+    monkeypatch.setattr(degradation, "resize", lambda x, size, mode: (
+        modes.add(mode) if size == (4, 4) else None, resize(x, size, mode))[1])
+    for seed in range(40):
+        degradation.degrade(hr(0, 2, 16), np.random.default_rng(seed), dataclasses.replace(
+            NULL, sinc_prob=1, sinc_cutoff=3.0, kernel=(9, 13)))
+    sizes, *values = np.array(omegas).T
+    assert set(sizes) == {9, 11, 13} and 3 <= np.min(values) < 3.02 and 3.1 < np.max(values) <= np.pi
+    assert modes == {"bilinear", "area", "bicubic"}
+
+
 def test_order_of_operations(monkeypatch):
     """The list of RealBasicVSR from top to bottom; only its last two may change places."""
     log = []
@@ -294,3 +385,26 @@ def test_sharpening_is_off_unless_asked():
 def test_a_wide_clip_stays_wide(strength):
     lr = degradation.degrade(scene(0, 2, 32, 64) / np.float32(255), np.random.default_rng(0), strength)
     assert lr.shape == (2, 8, 16, 3)
+
+
+def test_sharpening_leaves_faint_detail_and_adds_half_of_the_rest():
+    x = torch.full((1, 3, 64, 64), 0.3)
+    x[..., 32:] += 16 / 255                                  # 8 levels from the mean on either side
+    assert torch.equal(degradation.sharpen(x), x)
+    x[..., 32:] += 84 / 255
+    gain = 255 * (degradation.sharpen(x) - x).abs().max().item()
+    assert 15 < gain < 25                                    # half of 50, where the mask is 1
+
+
+def test_the_ranges_are_the_published_ones():
+    """RealBasicVSR's config; the large preset trains on it, the small ones on milder ranges."""
+    assert dataclasses.asdict(degradation.REALBASICVSR) == dict(
+        blur_prob=(1, 0.8), kernel=(7, 21), sigma=((0.2, 3), (0.2, 1.5)), noise_prob=(1, 1),
+        resize_prob=((0.2, 0.7, 0.1), (0.3, 0.4, 0.3)), resize_scale=((0.15, 1.5), (0.3, 1.2)),
+        resize_step=(0.015, 0.03),
+        gaussian=((1, 30), (1, 25)), poisson=((0.05, 3), (0.05, 2.5)), gray_prob=0.4, jpeg_prob=(1, 1), jpeg=(30, 95),
+        video_prob=(1, 1), bitrate=(1e4, 1e5), sinc_prob=0.8, sinc_cutoff=np.pi / 3, usm=False)
+    assert degradation.KERNELS == dict(iso=0.405, aniso=0.225, generalized_iso=0.108, generalized_aniso=0.027,
+                                       plateau_iso=0.108, plateau_aniso=0.027, sinc=0.1)
+    assert {name: row["strength"] for name, row in data.CLIPS.items()} == {
+        "tiny": "light", "small": "light", "wan1.3b": "realbasicvsr"}

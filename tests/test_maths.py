@@ -151,6 +151,8 @@ def test_soften_is_the_gaussian_of_its_sigma():
         assert out[i].sum().item() == pytest.approx(3, abs=1e-3)
         spread = (out[i, 0, 0].sum(0) * x.square()).sum().sqrt().item()
         assert spread == pytest.approx(sigma[i].item(), rel=0.05)
+    flat = torch.ones(2, 3, 1, 6, 6)
+    torch.testing.assert_close(data.soften(flat, sigma), flat)          # borders do not darken
 
 
 def test_learning_rate_warms_up_and_ends_at_zero():
