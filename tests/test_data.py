@@ -2,6 +2,7 @@
 import dataclasses
 import inspect
 import os
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +71,7 @@ def test_clips_are_functions_of_seed_epoch_index(folder):
 def test_windows_do_not_cross_a_cut(folder, monkeypatch):
     clips = data.Clips(folder, 5, 32, NULL).survey()
     assert [(p.name, a, b) for p, a, b in clips.shots] == [("cut.mkv", 0, 10), ("cut.mkv", 10, 22), ("one.mp4", 0, 9)]
+    assert [p.name for p in clips.photos] == ["a.png", "b.jpg"]                # one of them in a subfolder
     windows, read = set(), media.read_video
     monkeypatch.setattr(media, "read_video", lambda p, s, n: windows.add((p.name, s, n)) or read(p, s, n))
     clips.photos = []
@@ -90,6 +92,20 @@ def test_most_crops_are_the_richest_of_their_clip():
     rng = np.random.default_rng(0)
     drawn = [data.pick(rng, [1, 3, 2], lambda place: place) for _ in range(1000)]
     assert drawn.count(3) / 1000 == pytest.approx(0.7, abs=0.05) and drawn.count(2) == 0
+
+
+def test_crops_come_from_everywhere_and_most_from_where_the_detail_is(folder, monkeypatch):
+    """Each pixel says where it is; detail is at x >= 80, which a quarter of all crops would see."""
+    frame = np.zeros((64, 96, 3), np.uint8)
+    frame[..., 0], frame[..., 1] = np.mgrid[:64, :96]
+    frame[:, 80:, 2] = np.random.default_rng(0).integers(0, 256, (64, 16))
+    clips = data.Clips(folder, 5, 32, NULL).survey()
+    clips.photos = []
+    monkeypatch.setattr(media, "read_video", lambda path, start, n: np.stack([frame] * n))
+    crops = [clips.hr(np.random.default_rng(seed)) for seed in range(300)]
+    y, x = np.array([crop[0, 0, 0, :2] for crop in crops]).T
+    assert (y.min(), y.max(), x.min(), x.max()) == (0, 32, 0, 64)
+    assert np.mean(x > 48) == pytest.approx(0.7 * (1 - 0.75 ** 3) + 0.3 * 0.25, abs=0.08)
 
 
 def test_both_kinds_of_sources_are_drawn(folder, monkeypatch):
@@ -275,6 +291,43 @@ def test_an_epoch_visits_every_clip_once(bank, monkeypatch):
         bank.crop(*divmod(i, 6))
     first, second = Rows.visited[:6], Rows.visited[6:]
     assert sorted(first) == sorted(second) == list(range(6)) and first != second
+    monkeypatch.setattr(bank, "seed", bank.seed + 1)
+    for i in range(6):
+        bank.crop(0, i)
+    assert sorted(Rows.visited[12:]) == list(range(6)) and Rows.visited[12:] != first
+
+
+def test_cached_latents_come_once_an_epoch_in_an_order_of_the_seed():
+    def order(seed, first, count):
+        bank = object.__new__(data.LatentBank)
+        bank.rows, bank.seed, bank.checked = np.arange(6, dtype=np.float16).reshape(6, 1, 1).repeat(3, 1), seed, "code"
+        return bank.latents("code", first, count, "cpu")[0].flatten().tolist()
+    seen = order(0, 0, 12)
+    assert sorted(seen[:6]) == sorted(seen[6:]) == list(range(6)) and seen[:6] != seen[6:]
+    assert order(0, 5, 3) == seen[5:8] and order(1, 0, 6) != seen[:6]
+
+
+def test_windows_come_from_anywhere_in_a_clip_and_from_the_same_place_of_all():
+    z = torch.arange(5.0).view(1, 1, 5, 1, 1)
+    starts = set()
+    for _ in range(100):
+        a, b = data.random_window(2, z, z + 10)
+        assert a.shape[2] == 2 and a[0, 0, 1] == a[0, 0, 0] + 1 and torch.equal(a + 10, b)
+        starts.add(int(a[0, 0, 0]))
+    assert starts == {0, 1, 2, 3} and torch.equal(data.random_window(5, z)[0], z)
+
+
+def test_panels_show_the_same_noise_and_window_each_time():
+    class Source:
+        def latents(self, vae, first, count, device):
+            z = torch.arange(8.0).view(1, 1, 8, 1, 1).expand(count, 16, 8, 2, 2)
+            return z + first, z
+    made = []
+    for _ in range(4):
+        torch.rand(3)                                        # whatever was drawn before
+        made.append(data.panel_batch(Source(), None, dict(window=2), 5, "cpu"))
+    assert all(torch.equal(a, b) for again in made[1:] for a, b in zip(made[0], again, strict=True))
+    assert not torch.equal(made[0][2], data.panel_batch(Source(), None, dict(window=2), 6, "cpu")[2])
 
 
 def test_batches_do_not_depend_on_ranks(bank):
@@ -298,6 +351,23 @@ def test_an_edit_of_the_degradation_makes_other_clips(folder, tmp_path, monkeypa
         common.parsed.cache_clear()                         # as a new process would
         names.append(data.Bank(data.Clips(folder, 5, 32, NULL), 1, tmp_path, 32).path)
     assert names[0] == names[1] != names[2]
+
+
+def test_other_code_footage_or_sizes_make_other_clips(folder, tmp_path, monkeypatch):
+    Image.fromarray(scene(4, 1, 64, 64)[0]).save(tmp_path / "a.png")
+
+    def name(frames=5, size=32):
+        return data.Bank(data.Clips(tmp_path, frames, size, NULL), 1, tmp_path / "cache", 32).path
+    names = [name(), name(size=48), name(frames=9)]
+    os.utime(tmp_path / "a.png", ns=(0, 0))                  # another picture of as many bytes
+    names.append(name())
+    (tmp_path / "a.png").rename(tmp_path / "b.png")
+    names.append(name())
+    for module in (None, data, degradation, media):
+        with monkeypatch.context() as patch:
+            patch.setattr(common, "parsed", lambda m, edited=module: "edited" if m is edited else "as it was")
+            names.append(name())
+    assert len(set(names)) == len(names) == 9
 
 
 @pytest.mark.parametrize("changes, words", [
@@ -338,17 +408,19 @@ def test_prepare_cuts_only_what_is_listed(tmp_path):
     for name in ("p.png", "a/q.png"):
         Image.fromarray(scene(1, 1, 60, 90)[0]).save(tmp_path / name)
     listed = tmp_path / "list.json"
-    todo = dict(film=dict(sha256=data.sha256(tmp_path / "film.mkv"), size=[48, 32], fps="24", shots=[
+    todo = dict(film=dict(sha256=data.sha256(tmp_path / "film.mkv"), size=[48, 32], fps="24000/1001", shots=[
                     dict(shot=1, start=2, end=5, split="train"), dict(shot=7, start=8, end=12, split="val"),
                     dict(shot=9, start=0, end=2, split="test")]),
                 stills=[dict(name=name, sha256=data.sha256(tmp_path / "p.png"), scale=1.5, split="train")
-                        for name in ("p.png", "a__q.png", "b__q.png")])         # the last one is nowhere
+                        for name in ("p.png", "a__q.png", "b__q.png", "o.png")])         # b__q is nowhere, o another
+    Image.fromarray(scene(2, 1, 60, 90)[0]).save(tmp_path / "o.png")
     listed.write_text(data.json.dumps(todo))
     data.prepare(tmp_path / "film.mkv", tmp_path, tmp_path / "out", listed)
     files = sorted(str(p.relative_to(tmp_path / "out")) for p in Path(tmp_path, "out").rglob("*.*"))
     assert files == ["test/bbb_009.mp4", "train/a__q.jpg", "train/bbb_001.mp4", "train/p.jpg", "val/bbb_007.mp4"]
     val = media.read_video(tmp_path / "out/val/bbb_007.mp4")
     assert val.shape == (4, 32, 48, 3)
+    assert media.video_info(tmp_path / "out/val/bbb_007.mp4")["fps"] == Fraction(24000, 1001)
     assert abs(val - film[8:].reshape(4, 32, 2, 48, 2, 3).mean((2, 4))).mean() < 3
     assert media.read_image(tmp_path / "out/train/p.jpg").shape == (40, 60, 3)
     todo["film"]["sha256"] = "0" * 64
