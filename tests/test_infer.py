@@ -258,6 +258,15 @@ def test_sound_that_does_not_fit_is_coded_again(plain, tmp_path):
     assert media.ffmpeg(["-i", tmp_path / "out.mp4", "-map", "0:a", "-f", "s16le", "-"])
 
 
+def test_every_track_of_sound_is_kept(plain, tmp_path, capsys):
+    media.write_video(tmp_path / "in.mkv", scene(0, 6), 24)
+    media.ffmpeg(["-i", tmp_path / "in.mkv", *["-f", "lavfi", "-i", "sine=d=0.25"] * 2, *"-map 0 -map 1 -map 2".split(),
+                  "-c:v", "libx264", "-c:a", "aac", tmp_path / "both.mov"])
+    infer.main([str(tmp_path / "both.mov"), str(tmp_path / "out.mp4")])
+    assert "without" not in capsys.readouterr().out
+    assert media.ffmpeg(["-i", tmp_path / "out.mp4", "-map", "0:a:1", "-f", "s16le", "-"])
+
+
 def test_sound_that_nothing_can_read_is_left_out_and_said_to_be(plain, tmp_path, capsys):
     """As the second track of some phones, in a codec of their own."""
     media.write_video(tmp_path / "in.mkv", scene(0, 6), 24)

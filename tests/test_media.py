@@ -121,6 +121,7 @@ def test_survey_finds_frames_cuts_times_and_damage(tmp_path):
     np.testing.assert_allclose(seen["times"], np.arange(22) / float(NTSC), atol=1e-4)
     assert media.steady(seen["times"], NTSC)
     assert not media.steady([0, 1 / 24, 3 / 24], Fraction(24)) and media.steady([0.5, 0.542, 0.583], Fraction(24))
+    assert not media.steady([0, 1.5 / 24, 2 / 24], Fraction(24)) and media.steady([0, 1.2 / 24, 2 / 24], Fraction(24))
     (tmp_path / "short.mp4").write_bytes(path.read_bytes()[:-3000])            # the index is in front
     seen = media.survey(tmp_path / "short.mp4")
     assert 0 < seen["frames"] <= 22 and seen["problem"]
@@ -158,6 +159,28 @@ def test_untagged_video_is_read_as_players_read_it(tmp_path, h, w, matrix):
     media.ffmpeg(["-i", tmp_path / "in.mkv", "-vf", filters, "-c:v", "libx264", "-crf", "1", tmp_path / "x.mp4"])
     assert not media.header(tmp_path / "x.mp4")["matrix"] and media.header(tmp_path / "in.mkv")["matrix"]
     assert abs(media.read_video(tmp_path / "x.mp4").astype(int) - frame).max() <= 2       # the other one: 10 to 20
+
+
+@pytest.mark.parametrize("h, w, matrix", [(64, 1280, "smpte170m"), (64, 1280, "bt470bg"), (64, 64, "bt709")])
+def test_tags_go_before_what_players_guess(tmp_path, h, w, matrix):
+    frame = np.full((2, h, w, 3), (200, 60, 40), np.uint8)
+    filters = f"scale=out_color_matrix={matrix}:out_range=tv,setparams=colorspace={matrix}:range=tv,format=yuv420p"
+    media.write_video(tmp_path / "in.mkv", frame, 24)
+    media.ffmpeg(["-i", tmp_path / "in.mkv", "-vf", filters, "-c:v", "libx264", "-crf", "1", tmp_path / "x.mp4"])
+    assert media.header(tmp_path / "x.mp4")["matrix"]
+    assert abs(media.read_video(tmp_path / "x.mp4").astype(int) - frame).max() <= 2
+
+
+def test_a_file_that_was_replaced_is_looked_at_again(tmp_path):
+    for frames, side in ((3, 64), (5, 32)):
+        media.write_video(tmp_path / "x.mkv", scene(0, frames, side, side), 24)
+        info, seen = (look(tmp_path / "x.mkv") for look in (media.video_info, media.survey))
+        assert (info["width"], seen["frames"]) == (side, frames)
+
+
+def test_sixteen_bits_of_grey_become_the_nearest_of_eight(tmp_path):
+    Image.fromarray(np.arange(256, dtype=np.uint16).reshape(16, 16) * 257).save(tmp_path / "deep.png")
+    assert np.array_equal(media.read_image(tmp_path / "deep.png")[..., 0].ravel(), np.arange(256))
 
 
 @pytest.mark.parametrize("curve", ["smpte2084", "arib-std-b67"])
