@@ -178,6 +178,40 @@ def test_stage0_teaches_the_first_guess(chain, tmp_path, monkeypatch):
         assert len(passed_on) == 2 and all(torch.equal(g, torch.full_like(g, share / g.numel())) for g in passed_on)
 
 
+def test_stage0_passes_on_its_constants(chain, tmp_path, monkeypatch):
+    """With a noise of ones and the same uniform numbers for all: z_lr a fifth on its way to 1, t = 0.5 shifted by 5."""
+    uniform = torch.tensor([0.9, 0.8, 0.3, 0.4, 0.5])           # negative, drop, soft, lr, t
+    monkeypatch.setattr(common, "draw", lambda sampler, shape, *rest: uniform.expand(shape) if sampler is torch.rand
+                        else torch.ones(shape))
+    cfg = fork(chain, stage0, tmp_path, [], steps=3, save_every=3, lr_noise=0.5, shift=5.0, ema=0.15)
+    pairs, soft, asked, steps, decays = [], [], [], [], []
+    window, latents, loss = data.random_window, data.Bank.latents, stage0.flow_loss
+    step, average = common.clip_and_step, common.ema_update
+    monkeypatch.setattr(data, "random_window", lambda *args: (pairs.append(window(*args)), pairs[-1])[1])
+    monkeypatch.setattr(data.Bank, "latents", lambda *args: (soft.extend(args[6:]), latents(*args))[1])
+    monkeypatch.setattr(stage0, "flow_loss", lambda *args: (asked.append(args), loss(*args))[1])
+    monkeypatch.setattr(common, "clip_and_step", lambda optimiser, net, norm: (
+        steps.append((norm, optimiser.param_groups[0]["weight_decay"])), step(optimiser, net, norm))[1])
+    monkeypatch.setattr(common, "ema_update", lambda *args: (decays.append(args[2]), average(*args))[1])
+    stage0.main(cfg)
+    assert len(asked) == 3 and decays == pytest.approx([0.1, 0.15, 0.15]) and steps == [(1.0, 0.01)] * 3
+    assert len(soft) == 3 and all(torch.equal(u, torch.full((2,), 0.3)) for u in soft)
+    for (_, z_0, z_lr, text, t, eps), (hr, lr) in zip(asked, pairs, strict=False):
+        assert torch.equal(z_0, hr) and (text == M.POSITIVE).all() and (eps == 1).all()
+        torch.testing.assert_close(z_lr, 0.8 * lr + 0.2)
+        torch.testing.assert_close(t, torch.full((2,), 5 * 0.5 / (1 + 4 * 0.5)))
+
+
+def test_another_seed_is_another_run_of_stage0(chain, tmp_path, monkeypatch):
+    """Other clips, weights, noise."""
+    seen, loss = [], stage0.flow_loss
+    monkeypatch.setattr(stage0, "flow_loss", lambda net, z_0, z_lr, text, t, eps: (
+        seen.append((z_0, t, eps, next(net.parameters()).detach().clone())), loss(net, z_0, z_lr, text, t, eps))[1])
+    for seed in (0, 1):
+        stage0.main(fork(chain, stage0, tmp_path / str(seed), [], steps=1, seed=seed))
+    assert len(seen) == 2 and not any(torch.equal(a, b) for a, b in zip(*seen, strict=True))
+
+
 def test_stage1_phases(chain, tmp_path, monkeypatch):
     """CFG distillation first, then the grid; the teacher is the last student; Adam starts afresh in each phase."""
     cfg = fork(chain, stage1, tmp_path, ["stage0"])
