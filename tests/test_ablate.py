@@ -11,6 +11,7 @@ from PIL import Image
 import ablate
 import common
 import data
+import degradation
 import evaluate
 import media
 import metrics
@@ -130,6 +131,15 @@ def test_arms_hold_what_their_names_say():
         "I+II": (2,), "I+III": (3,), "I+II+III": (2, 3)}
 
 
+def test_candidates_are_shared_by_arms_of_one_stage2_alone():
+    judges = {name: {k: ablate.judge(arms, k) for k, arm in arms.items() if 3 in ablate.needs(arm)}
+              for name, arms in ablate.ARMS.items()}
+    assert set(judges.pop("dpo").values()) == {"uniform"}
+    assert all(k == judge for shared in judges.values() for k, judge in shared.items())
+    arms = {str(n): ablate.Arm("x", three=dict(candidates=n)) for n in (2, 3)}
+    assert ablate.judge(arms, "3") == "3"                       # others are ranked
+
+
 # ----------------------------------------------------------------------------
 # a run
 
@@ -184,6 +194,10 @@ def test_streams_writes_table_numbers_and_pictures_and_resumes(run, capsys, monk
         a, b = pair["a"], pair["b"]
         mean = (psnr[a] - psnr[b]).mean()
         assert pair["gain"]["psnr"]["mean"] == pytest.approx(mean, rel=1e-4)
+        grid = {k: np.array([[v["grid"] for v in clips.values()] for clips in result["arms"][k]["seeds"].values()])
+                for k in (a, b)}
+        off = {k: abs(grid[k] - result["ground_truth"]["grid"]).mean() for k in (a, b)}
+        assert pair["gain"]["grid"]["mean"] == pytest.approx(off[b] - off[a], abs=1e-4)
         found = ablate.compare(*(numbers(psnr[k], "psnr") for k in (a, b)))["psnr"]
         if min(abs(x) for x in found) > 0.01 and found[1] * found[2] > 0:
             better, worse = (kept[k].title for k in ((a, b) if mean > 0 else (b, a)))
@@ -261,6 +275,19 @@ def test_what_two_ablations_share_is_trained_once(run, monkeypatch):
     about, other = json.loads((arm / "arm.json").read_text()), folder.parent / "features/both-seed0"
     assert ablate.twin(other, about, 2) == arm / "stage2"
     assert ablate.twin(other, about | {"stage2.code": "edited"}, 2) is None
+    assert ablate.twin(other, about | {"stage1": "another"}, 2) is None
+    last = folder.parent.parent / "stage1/last.pt"
+    whole, args = last.read_bytes(), ablate.arguments(["dpo", "--out", str(last.parent.parent)])
+    args.data, arms = about["stage2.data"], ablate.arms_of(args)
+    ablate.prepare(args, folder, arms, "one", 0)                # nor with arms from another stage I
+    ablate.torch.save(ablate.torch.load(last, weights_only=True) | {"step": 7, "student": {}}, last)
+    with pytest.raises(SystemExit, match="made with another stage1;"):
+        ablate.prepare(args, folder, arms, "one", 0)
+    last.write_bytes(whole)
+    for module, n in ((M, 2), (data, 2), (degradation, 2), (stage3, 3), (metrics, 3)):
+        with monkeypatch.context() as patch, pytest.raises(SystemExit, match=f"made with another .*stage{n}.code"):
+            patch.setattr(common, "parsed", lambda m, edited=module, of=common.parsed: of(m) + "edited" * (m is edited))
+            ablate.prepare(args, folder, arms, "one", 0)
     code = common.code
     monkeypatch.setattr(common, "code", lambda *modules: code(*modules) + "edited" * (stage2 in modules))
     with pytest.raises(SystemExit, match="made with another stage2.code"):
@@ -277,6 +304,25 @@ def test_stage1_is_trained_first_and_stage3_can_be_left_out(run, tmp_path):
     assert "paper" not in table_rows((folder / "table.md").read_text())[0][-1]
 
 
+def test_numbers_of_another_output_truth_or_code_are_not_read(tmp_path, monkeypatch):
+    frames, truth, scored = np.zeros((1, 8, 8, 3), np.uint8), np.zeros((1, 8, 8, 3), np.uint8), []
+    (tmp_path / "last.pt").touch()
+    monkeypatch.setattr(evaluate, "sources", lambda cfg: {"stage3": {"path": str(tmp_path / "last.pt")}})
+    monkeypatch.setattr(evaluate, "outputs", lambda *args: [(frames, 0.0)])
+    monkeypatch.setattr(evaluate, "score", lambda *args, **kw: (scored.append(1), ({"psnr": len(scored)}, {}))[1])
+
+    def measured():
+        return ablate.measure(evaluate.Config(), [{"name": "a", "hr": truth}], tmp_path, tmp_path, "x",
+                              ablate.Arm("x"), 0, {}, ablate.torch.device("cpu"))[0]["a"]["psnr"]
+    assert [measured(), measured()] == [1, 1]
+    frames = frames + 1
+    assert [measured(), measured()] == [2, 2]
+    truth = truth + 1
+    assert [measured(), measured()] == [3, 3]
+    monkeypatch.setattr(common, "code", lambda *modules: "edited")
+    assert [measured(), measured()] == [4, 4]
+
+
 # ----------------------------------------------------------------------------
 # numbers
 
@@ -285,6 +331,11 @@ def numbers(values, metric="niqe"):
     """{seed: {clip: {metric: value}}} of an array (seeds, clips); the other metrics have none."""
     return {k: {f"c{i}": dict.fromkeys(ablate.SHOWN) | {metric: float(v)} for i, v in enumerate(row)}
             for k, row in enumerate(values)}
+
+
+def test_spread_is_that_of_seeds_of_the_mean_over_clips():
+    found = ablate.spread(numbers([[1, 2, 9], [3, 4, 11]]))
+    assert found["niqe"] == pytest.approx((5, 2 ** 0.5)) and all(np.isnan(found["psnr"]))
 
 
 def test_paired_bootstrap_of_a_constant_difference_is_that_difference():
