@@ -148,6 +148,12 @@ def test_a_niqe_below_that_of_hr_is_no_better_than_it():
     assert report.best_rows({k: rows[k] for k in ("blur", "grain", "near")}, "niqe", "down", 2) == {"grain"}
 
 
+def test_what_reads_alike_is_equally_good_and_speed_is_no_merit():
+    rows = {"a": {"psnr": 20.001, "calls": 1, "seconds": 1.0}, "b": {"psnr": 20.004, "calls": 2, "seconds": 2.0}}
+    assert report.best_rows(rows, "psnr", "up", 2) == {"a", "b"} and report.best_rows(rows, "psnr", "up", 3) == {"b"}
+    assert not any(report.best_rows(rows, k, "down", 1) for k in ("calls", "seconds"))
+
+
 def test_a_panel_shows_one_place_the_busiest_in_the_middle_frame(tmp_path):
     hr = np.zeros((3, 320, 480, 3), np.uint8)
     hr[1, 200:, 330:] = np.random.default_rng(0).integers(0, 256, (120, 150, 3))

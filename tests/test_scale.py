@@ -124,6 +124,8 @@ def test_dry_run_of_the_other_stages(capsys):
         assert total["forwards"] == (4 if preset else 3) and tokens in text        # one more with checkpointing
         total, text = said(capsys, stage1, [*preset, "--accumulate", "1"])
         assert total["forwards"] == (6 if preset else 5) and tokens in text        # and the teacher's two
+    frozen = [float(line.split()[-1]) for line in text.splitlines() if " frozen " in line]
+    assert frozen == pytest.approx([4 * count / 1e9] * 2, abs=0.01)                # fp32: the next phase trains it
     with pytest.raises(SystemExit, match="batch 0: at least 1"):
         said(capsys, stage2, ["--batch", "0"])
 
