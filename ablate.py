@@ -271,8 +271,8 @@ def link(source, target):
 
 
 def twin(run, about, n):
-    """The folder of a finished stage n, of any arm of any ablation of this out, whose settings, seed and code up to
-    there are the same; None if there is none: what two ablations share is trained once. about: as in prepare."""
+    """The folder of a finished stage n, of any arm of any ablation of this out, whose settings, seed, code and clips up
+    to there are the same; None if there is none: what two ablations share is trained once. about: as in prepare."""
     def wanted(settings):
         return {k: v for k, v in settings.items() if int(k[len("stage")]) <= n}
     for note in sorted(run.parent.parent.glob("*/*-seed*/arm.json")):
@@ -297,6 +297,7 @@ def prepare(args, folder, arms, key, seed):
     for n, cfg in cfgs.items():
         about |= {f"stage{n}.{k}": v for k, v in asdict(cfg).items() if k not in ("out", "resume")}
         about[f"stage{n}.code"] = common.code(STAGES[n], M, data, degradation, *[metrics] * (n == 3))
+        about[f"stage{n}.clips"] = data.footage(cfg)
     about, note = json.loads(json.dumps(about)), run / "arm.json"      # tuples become lists, as they will be read
     before = json.loads(note.read_text()) if note.exists() else about
     changed = [k for k, v in about.items() if before.get(k) != v]

@@ -362,6 +362,13 @@ def clip_row(model):
     return row
 
 
+def footage(cfg):
+    """A hash of what the clips of this Config of a stage are made from, Clips.stamp."""
+    clip = clip_row(cfg.model)
+    stamp = Clips(cfg.data, clip["frames"], clip["size"], clip["strength"], cfg.seed).stamp()
+    return hashlib.sha256(json.dumps(stamp).encode()).hexdigest()[:16]
+
+
 def training_bank(cfg, rank, latents=""):
     """(Bank, its row of CLIPS) of the folder cfg.data; or LatentBank of the file `latents`, if one is named.
 

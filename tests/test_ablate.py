@@ -3,6 +3,7 @@ import json
 import re
 import shutil
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -292,6 +293,30 @@ def test_what_two_ablations_share_is_trained_once(run, monkeypatch):
     monkeypatch.setattr(common, "code", lambda *modules: code(*modules) + "edited" * (stage2 in modules))
     with pytest.raises(SystemExit, match="made with another stage2.code"):
         run("ratio", "--seeds", "1", "--no-stage3", "--resume")
+
+
+def test_arms_that_saw_other_footage_are_not_gone_on_with_nor_shared(run, base, tmp_path, monkeypatch):
+    """Under the same name: films were added to the folder of --data, or media.py reads them otherwise."""
+    shutil.copytree(base / "train", tmp_path / "train")
+    args = ablate.arguments(["init", "--no-stage3", "--out", str(tmp_path / "tiny"), "--data", str(tmp_path / "train")])
+
+    def stage2_of(name):
+        return ablate.prepare(args, tmp_path / "tiny/ablate" / name, ablate.arms_of(args), "stage1", 0)[0] / "stage2"
+    monkeypatch.setattr(ablate, "finished", lambda path: Path(path).exists())
+    first = stage2_of("init")
+    first.mkdir()
+    (first / "last.pt").touch()
+    assert stage2_of("features").samefile(first)                # as long as nothing changed
+    parsed = common.parsed
+    monkeypatch.setattr(common, "parsed", lambda module: parsed(module) + "edited" * (module is media))
+    with pytest.raises(SystemExit, match="made with another stage2.clips;"):
+        stage2_of("init")
+    monkeypatch.setattr(common, "parsed", parsed)
+    assert stage2_of("init") == first
+    shutil.copy(tmp_path / "train/a.mkv", tmp_path / "train/b.mkv")
+    with pytest.raises(SystemExit, match="made with another stage2.clips;"):
+        stage2_of("init")
+    assert not stage2_of("ratio").exists()
 
 
 def test_stage1_is_trained_first_and_stage3_can_be_left_out(run, tmp_path):
