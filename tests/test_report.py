@@ -154,6 +154,13 @@ def test_what_reads_alike_is_equally_good_and_speed_is_no_merit():
     assert not any(report.best_rows(rows, k, "down", 1) for k in ("calls", "seconds"))
 
 
+def test_what_reads_like_hr_is_as_good_as_it():
+    rows = {"near": {"niqe": 4.931}, "grain": {"niqe": 4.4}, "HR": {"niqe": 4.926}}             # 4.93, 4.40, 4.93
+    assert report.best_rows(rows, "niqe", "down", 2) == {"near", "grain"}
+    rows = {"a": {"grid": 1.05}, "b": {"grid": 1.07}, "HR": {"grid": 1.06}}                     # as far on either side
+    assert report.best_rows(rows, "grid", "hr", 3) == {"a", "b"}
+
+
 def test_a_panel_shows_one_place_the_busiest_in_the_middle_frame(tmp_path):
     hr = np.zeros((3, 320, 480, 3), np.uint8)
     hr[1, 200:, 330:] = np.random.default_rng(0).integers(0, 256, (120, 150, 3))
