@@ -82,10 +82,16 @@ def test_windows_do_not_cross_a_cut(folder, monkeypatch):
     assert len(starts) > 9
 
 
-def test_every_window_of_every_shot_may_be_drawn(tmp_path):
+def test_every_window_of_every_shot_may_be_drawn(tmp_path, monkeypatch):
     """A shot of exactly one window, then one of eight."""
     media.write_video(tmp_path / "cut.mkv", np.concatenate([scene(1, 5), 255 - scene(2, 12)]), 24)
-    assert data.Clips(tmp_path, 5, 64, NULL).survey().windows.tolist() == [1, 8]
+    clips, starts = data.Clips(tmp_path, 5, 64, NULL).survey(), []
+    assert clips.windows.tolist() == [1, 8]
+    monkeypatch.setattr(media, "read_video", lambda path, start, n: starts.append(start) or np.zeros((5, 64, 96, 3)))
+    for seed in range(600):
+        clips.hr(np.random.default_rng(seed))
+    counts = [starts.count(start) / 600 for start in (0, *range(5, 13))]
+    assert sum(counts) == 1 and min(counts) > 0.05 and max(counts) < 0.18      # one in nine each
 
 
 def test_most_crops_are_the_richest_of_their_clip():
@@ -110,12 +116,24 @@ def test_crops_come_from_everywhere_and_most_from_where_the_detail_is(folder, mo
 
 def test_both_kinds_of_sources_are_drawn(folder, monkeypatch):
     clips = data.Clips(folder, 5, 32, NULL).survey()
-    drawn = []
-    monkeypatch.setattr(data, "photo_clip", lambda *a: drawn.append("photo"))
+    drawn, grounds = [], []
+    monkeypatch.setattr(data, "photo_clip", lambda photos, *a: grounds.append(photos[0].sum()) or drawn.append("photo"))
     monkeypatch.setattr(media, "read_video", lambda *a: drawn.append("video") or np.zeros((5, 64, 96, 3), np.uint8))
     for i in range(400):
         clips.hr(np.random.default_rng(i))
     assert abs(drawn.count("video") / 400 - 0.6) < 0.08
+    assert 0.35 < grounds.count(max(grounds)) / len(grounds) < 0.65 and len(set(grounds)) == 2     # either photograph
+
+
+def test_pieces_are_cut_from_the_middle_of_their_photograph():
+    dark, bright = np.zeros((400, 400, 3), np.uint8), np.zeros((400, 400, 3), np.uint8)
+    bright[80:320, 80:320] = 255
+    assert max(data.photo_clip([dark, bright], np.random.default_rng(seed), 3, 48).mean() for seed in range(6)) > 5
+
+
+def test_a_flat_photograph_stays_as_bright():
+    """Samples between pixels are a little off a whole level: cut off, they would be one darker."""
+    assert (data.photo_clip([np.full((120, 120, 3), 100, np.uint8)], np.random.default_rng(0), 3, 32) == 100).all()
 
 
 def test_photographs_move_and_have_layers():
@@ -192,6 +210,7 @@ def test_bad_files_are_skipped_with_their_reason(tmp_path, capsys):
     whole = (tmp_path / "cut_off.jpg").read_bytes()
     (tmp_path / "cut_off.jpg").write_bytes(whole[:len(whole) // 2])
     (tmp_path / "notes.txt").write_text("not media: not even mentioned")
+    (tmp_path / "._good.mkv").write_bytes(b"what a Mac leaves beside a file: neither")
     clips = data.Clips(tmp_path, 5, 32, "light").survey()
     said = capsys.readouterr().out.splitlines()
     for name, reason in (("small.mkv", "96x24 is smaller"), ("short.mkv", "no shot of 5 frames"),
@@ -429,3 +448,17 @@ def test_prepare_cuts_only_what_is_listed(tmp_path):
         data.prepare(tmp_path / "film.mkv", tmp_path, tmp_path / "out", listed)
     with pytest.raises(SystemExit, match="none.mkv: no such file; samples/CREDITS.md"):
         data.prepare(tmp_path / "none.mkv", tmp_path, tmp_path / "out", listed)
+
+
+def test_photographs_go_where_they_are_listed_and_are_averaged(tmp_path):
+    (tmp_path / "film").touch()
+    photo = np.random.default_rng(0).integers(0, 256, (20, 30, 1), np.uint8).repeat(2, 0).repeat(2, 1).repeat(3, 2)
+    photo[1::2, 1::2] = photo[::2, ::2] // 2 + 64
+    Image.fromarray(photo).save(tmp_path / "p.png")
+    (tmp_path / "list.json").write_text(data.json.dumps(dict(
+        film=dict(sha256=data.sha256(tmp_path / "film"), size=[48, 32], fps="24", shots=[]),
+        stills=[dict(name="p.png", sha256=data.sha256(tmp_path / "p.png"), scale=2, split="val")])))
+    data.prepare(tmp_path / "film", tmp_path, tmp_path / "out", tmp_path / "list.json")
+    assert [p.name for p in tmp_path.glob("out/*/*")] == ["p.jpg"]
+    made = media.read_image(tmp_path / "out/val/p.jpg")
+    assert abs(made - photo.reshape(20, 2, 30, 2, 3).mean((1, 3))).mean() < 2

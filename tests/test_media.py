@@ -178,6 +178,12 @@ def test_a_file_that_was_replaced_is_looked_at_again(tmp_path):
         assert (info["width"], seen["frames"]) == (side, frames)
 
 
+def test_hidden_files_are_no_pictures_and_numbers_are_in_their_order(tmp_path):
+    for name in ("f10.png", "f9.png", "._f9.png", "f9.txt"):
+        (tmp_path / name).touch()
+    assert [p.name for p in media.files_in(tmp_path, media.IMAGES)] == ["f9.png", "f10.png"]
+
+
 def test_sixteen_bits_of_grey_become_the_nearest_of_eight(tmp_path):
     Image.fromarray(np.arange(256, dtype=np.uint16).reshape(16, 16) * 257).save(tmp_path / "deep.png")
     assert np.array_equal(media.read_image(tmp_path / "deep.png")[..., 0].ravel(), np.arange(256))

@@ -134,6 +134,20 @@ def test_page_needs_nothing_from_elsewhere(tmp_path):
     assert "a &lt;/script&gt; that warns" in page and "MUSIQ" not in page       # columns without a number are left out
 
 
+def test_names_end_no_script_and_curves_are_those_of_their_clip(tmp_path):
+    frames = np.zeros((1, 32, 48, 3), np.uint8)
+    values = dict.fromkeys(evaluate.COLUMNS) | {"psnr": 20.0}
+    result = {"rows": {"x": values, "HR": values}, "warnings": [], "stamp": {"commit": "abc", "device": "cpu"},
+              "per_frame": {"</script>": {"x": {"psnr": [1.0]}}, "b": {"x": {"psnr": [2.0]}}}}
+    report.write_html(tmp_path / "a.html", ["</script>", "b"], [{"x": frames, "HR": frames}] * 2,
+                      {"x": "</script>", "HR": "HR"}, evaluate.COLUMNS, result)
+    write_report(tmp_path / "b.html")
+    ends = [(tmp_path / name).read_text().count("</script>") for name in ("a.html", "b.html")]
+    assert ends[0] == ends[1] > 0
+    assert re.findall(r'"curves": (.*?}})', (tmp_path / "a.html").read_text()) == [
+        '{"x": {"psnr": [1.0]}}', '{"x": {"psnr": [2.0]}}']
+
+
 def test_what_is_best_where_hr_has_it_is_marked_there():
     rows = {"a": {"grid": 1.0}, "b": {"grid": 1.05}, "HR": {"grid": 1.06}}
     assert report.best_rows(rows, "grid", "hr", 3) == {"b"}
