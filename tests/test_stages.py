@@ -980,6 +980,8 @@ def test_the_log_and_the_offsets_are_of_what_they_say(chain, tmp_path, monkeypat
     seen = []
     monkeypatch.setattr(stage2, "loss_gradients", known)
     monkeypatch.setattr(stage2, "spatial_offsets", lambda *args: seen.append(args) or [])
+    plain, shown = stage2.verdicts, []
+    monkeypatch.setattr(stage2, "verdicts", lambda *args: shown.append(args[2]) or plain(*args))
     cfg = fork(chain, stage2, tmp_path, ["stage0", "stage1"])
     stage2.main(cfg)
     for line in common.read_log(f"{cfg.out}/stage2")[1:]:
@@ -992,6 +994,7 @@ def test_the_log_and_the_offsets_are_of_what_they_say(chain, tmp_path, monkeypat
     real = M.load_checkpoint(f"{cfg.out}/stage1/last.pt", "cfg")[0]
     t = torch.full((len(eps),), 0.3)
     assert torch.equal(z_hr, want_hr) and not torch.equal(noise, eps)
+    assert shown[-1] == stage2.detail(z_0, z_lr, z_hr).item()
     with torch.no_grad():
         assert torch.equal(z_0, M.one_step(student, eps, z_lr))
         torch.testing.assert_close(draw(noise, t), M.to_x0(noise, real(noise, t, z_lr, M.prompt(noise)), t))
@@ -1048,6 +1051,8 @@ def test_verdicts_on_what_changes_over_a_run(tmp_path):
             lines = [{"step": k} | FINE2 | dict(diff=0.1 * (ratio if k > 3 else 1)) for k in range(8)]
             f.writelines(json.dumps(line) + "\n" for line in lines)
         assert ("lags behind the student" in "\n".join(stage2.verdicts(tmp_path))) == flagged
+    for shown, flagged in ((1.4, False), (1.6, True)):                  # log lines are of one batch each and miss it
+        assert ("1.6 times HR's detail: grain" in "\n".join(stage2.verdicts(tmp_path, (), shown))) == flagged
     rows = [{"t": t, "student": s, "hr": 0.1} for t, s in ((0.1, 0.5), (0.5, 0.3), (0.9, None))]
     words = "\n".join(stage2.verdicts(tmp_path, rows))
     assert "t = 0.1: 0.50 / 0.10 px, t = 0.5: 0.30 / 0.10 px" in words and words.count("raise w_gan") == 1
