@@ -11,7 +11,7 @@ TRAIN   = CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 .venv/bin/torchrun --standalon
 
 demo: .venv/ready
 	$(TRAIN) stage1_pd.py --out $(OUT) --batch 2 --steps_per_phase 35 --resume
-	$(TRAIN) stage2_dual.py --out $(OUT) --batch 2 --steps 30 --aux_warmup 20 --resume
+	$(TRAIN) stage2_dual.py --out $(OUT) --batch 2 --steps 30 --aux_warmup 20 --lr 1e-4 --resume
 	$(TRAIN) stage3_dpo.py --out $(OUT) --batch 2 --steps 30 --pairs 10 --resume
 	$(RUN) infer.py samples/lr/apple.mp4 $(OUT)/upscaled.mp4 --ckpt $(OUT)/stage3/last.pt
 	$(RUN) evaluate.py --out $(OUT) $(EVAL)
