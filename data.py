@@ -362,10 +362,15 @@ def clip_row(model):
     return row
 
 
+def clips_for(model, folder, seed=0):
+    """The Clips of a folder in the sizes and the strength that this model trains on."""
+    clip = clip_row(model)
+    return Clips(folder, clip["frames"], clip["size"], clip["strength"], seed)
+
+
 def footage(cfg):
     """A hash of what the clips of this Config of a stage are made from, Clips.stamp."""
-    clip = clip_row(cfg.model)
-    stamp = Clips(cfg.data, clip["frames"], clip["size"], clip["strength"], cfg.seed).stamp()
+    stamp = clips_for(cfg.model, cfg.data, cfg.seed).stamp()
     return hashlib.sha256(json.dumps(stamp).encode()).hexdigest()[:16]
 
 
@@ -377,7 +382,7 @@ def training_bank(cfg, rank, latents=""):
     clip = clip_row(cfg.model)
     if latents:
         return LatentBank(latents, cfg.model, cfg.seed), clip
-    clips = Clips(cfg.data, clip["frames"], clip["size"], clip["strength"], cfg.seed)
+    clips = clips_for(cfg.model, cfg.data, cfg.seed)
     cache = Path(cfg.out).parent / "cache"
     if rank > 0:
         common.barrier()
@@ -498,7 +503,7 @@ def prepare_latents(path, folder, model, vae, count, device="cpu", save_every=0)
     """Degrade and encode `count` clips of a folder of media into a file for LatentBank; goes on where it stopped. With
     another count than before the file ends later, or sooner, but not before what is done."""
     clip = clip_row(model)
-    clips = Clips(folder, clip["frames"], clip["size"], clip["strength"])
+    clips = clips_for(model, folder)
     about = {"model": model, "shape": latent_shape(model), "count": count, "done": 0,
              "vae": vae.state_dict(), "vae_id": fingerprint(vae), "source": json.dumps(clips.stamp())}
     row = 2 * math.prod(about["shape"])                     # bytes
