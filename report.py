@@ -132,13 +132,12 @@ def page_clips(names, shown, budget):
 
 def best_rows(rows, metric, direction, digits):
     """Rows (the ground truth is no competitor) that share the best value, to the digits that are shown."""
-    mark = rows.get("HR", {}).get(metric)
-    mark = mark if mark is None else round(mark, digits)
+    values = {row: round(v[metric], digits) for row, v in rows.items() if v[metric] is not None}
+    mark = values.pop("HR", None)
     floor = -math.inf if mark is None else mark                 # less than HR has is no better: NIQE rewards grain
     goal = mark or 1                                            # without HR: no jump at borders at all
     better = {"up": lambda v: -v, "down": lambda v: max(v, floor),
               "hr": lambda v: round(abs(v - goal), digits)}.get(direction)
-    values = {row: round(v[metric], digits) for row, v in rows.items() if row != "HR" and v[metric] is not None}
     if better is None or metric in ("calls", "seconds") or len(values) < 2:
         return set()
     top = min(map(better, values.values()))
