@@ -82,6 +82,8 @@ ARMS = {
     "init": {
         "stage1": Arm("from stage I"),
         "cfg": Arm("from multi-step", dict(init="cfg")),
+        "stage1-slow": Arm("from stage I, lr = 1e-4", dict(lr=1e-4)),           # half the rate of tiny [ours]
+        "cfg-slow": Arm("from multi-step, lr = 1e-4", dict(init="cfg", lr=1e-4)),
     },
     "dpo": {
         "none": Arm("before DPO", row="stage2"),

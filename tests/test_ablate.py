@@ -83,7 +83,7 @@ def run(base, tmp_path, monkeypatch):
 DIFFER = {      # the fields that the arms of an ablation may differ in, and nothing else
     "stages": {2: set(), 3: set()}, "streams": {2: {"streams", "order"}, 3: set()},
     "streams-cfg": {2: {"streams", "order"}, 3: set()}, "features": {2: {"features"}, 3: set()},
-    "ratio": {2: {"aux_per_student"}, 3: set()}, "init": {2: {"init"}, 3: set()},
+    "ratio": {2: {"aux_per_student"}, 3: set()}, "init": {2: {"init", "lr"}, 3: set()},
     "dpo": {2: set(), 3: {"dpo_t", "anchor", "own_noise"}},
     "edits": {2: {"aux_warmup", "t_max", "w_fm", "gan_same_noise", "pooled", "lr_fake", "dmd_half", "real_score",
                   "fm_norm", "lr"}, 3: set()}}
@@ -100,7 +100,7 @@ def test_arms_differ_in_what_they_are_about_alone(name, preset):
             assert (cfg.steps, cfg.seed, cfg.resume, cfg.out) == (7, 4, True, f"{args.out}/x") and cfg.model == preset
     for n, cfgs in found.items():
         differ = {k for c in cfgs.values() for k in c if len({repr(other[k]) for other in cfgs.values()}) > 1}
-        assert differ == DIFFER[name][n] - ({"alpha"} if preset == "small" else set()), n     # 0.25 there anyway
+        assert differ == DIFFER[name][n], n
     trained = {key: ablate.needs(arm) for key, arm in ablate.ARMS[name].items()}
     if name in ("stages", "dpo"):
         assert len(found[2]) < len(trained) or name == "dpo"
@@ -121,8 +121,8 @@ def test_arms_hold_what_their_names_say():
     assert [arm.two["aux_per_student"] for arm in ablate.ARMS["ratio"].values()] == [1, 3, 5]
     assert {k: arm.two.get("features", "both") for k, arm in ablate.ARMS["features"].items()} == {
         k: k for k in ("real", "fake", "both")}
-    assert {k: arm.two.get("init", "stage1") for k, arm in ablate.ARMS["init"].items()} == {
-        k: k for k in ("stage1", "cfg")}
+    assert {k: arm.two for k, arm in ablate.ARMS["init"].items()} == {
+        "stage1": {}, "cfg": {"init": "cfg"}, "stage1-slow": {"lr": 1e-4}, "cfg-slow": {"init": "cfg", "lr": 1e-4}}
     assert {k: arm.three for k, arm in ablate.ARMS["dpo"].items()} == {
         "none": {}, "uniform": {}, "uniform-free": {"anchor": 0.0}, "one": {"dpo_t": "one"},
         "one-free": {"dpo_t": "one", "anchor": 0.0}, "own-noise": {"dpo_t": "one", "own_noise": True}}
@@ -322,7 +322,7 @@ def test_arms_that_saw_other_footage_are_not_gone_on_with_nor_shared(run, base, 
 def test_stage1_is_trained_first_and_stage3_can_be_left_out(run, tmp_path):
     shutil.rmtree(tmp_path / "tiny" / "stage1")
     folder, calls = run("init", "--seeds", "1", "--no-stage3", "--steps", "1")
-    assert calls == [(1, "tiny"), (2, "stage1-seed0"), (2, "cfg-seed0")]
+    assert calls == [(1, "tiny"), *((2, f"{key}-seed0") for key in ablate.ARMS["init"])]
     assert checkpoint(stage1.Config(out=str(tmp_path / "tiny")), "stage1")["step"] == 6
     states = [checkpoint(stage2.Config(out=str(folder / f"{key}-seed0")), "stage2") for key in ("stage1", "cfg")]
     assert [s["step"] for s in states] == [1, 1] and moved(states[0]["net"], states[1]["net"])
