@@ -32,7 +32,6 @@ import torch
 
 import common
 import data
-import degradation
 import evaluate
 import metrics
 import model as M
@@ -298,8 +297,8 @@ def prepare(args, folder, arms, key, seed):
     about = {"stage1": common.contents(f"{args.out}/stage1/last.pt")}
     for n, cfg in cfgs.items():
         about |= {f"stage{n}.{k}": v for k, v in asdict(cfg).items() if k not in ("out", "resume")}
-        about[f"stage{n}.code"] = common.code(STAGES[n], M, data, degradation, *[metrics] * (n == 3))
-        about[f"stage{n}.clips"] = data.footage(cfg)
+        about[f"stage{n}.code"] = common.code(STAGES[n], M, *[metrics] * (n == 3))
+        about[f"stage{n}.clips"] = data.footage(cfg)                # and the code that degrades them
     about, note = json.loads(json.dumps(about)), run / "arm.json"      # tuples become lists, as they will be read
     before = json.loads(note.read_text()) if note.exists() else about
     changed = [k for k, v in about.items() if before.get(k) != v]

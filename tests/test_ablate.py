@@ -285,8 +285,9 @@ def test_what_two_ablations_share_is_trained_once(run, monkeypatch):
     with pytest.raises(SystemExit, match="made with another stage1;"):
         ablate.prepare(args, folder, arms, "one", 0)
     last.write_bytes(whole)
-    for module, n in ((M, 2), (data, 2), (degradation, 2), (stage3, 3), (metrics, 3)):
-        with monkeypatch.context() as patch, pytest.raises(SystemExit, match=f"made with another .*stage{n}.code"):
+    for module, what in ((M, "stage2.code"), (data, "stage2.clips"), (degradation, "stage2.clips"),
+                         (stage3, "stage3.code"), (metrics, "stage3.code")):
+        with monkeypatch.context() as patch, pytest.raises(SystemExit, match=f"made with another .*{what}"):
             patch.setattr(common, "parsed", lambda m, edited=module, of=common.parsed: of(m) + "edited" * (m is edited))
             ablate.prepare(args, folder, arms, "one", 0)
     code = common.code
