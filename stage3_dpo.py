@@ -394,7 +394,7 @@ def verdicts(out_dir, count=0, trained=None, held=None):
     lines = common.read_log(out_dir)[-10:]
     if not lines:
         return []
-    last = {k: sum(line[k] for line in lines) / len(lines) for k in lines[0]}
+    last = {k: sum(line.get(k, 0) for line in lines) / len(lines) for k in lines[-1]}
     if last["drift"] > FAR:
         return [f"drift {last['drift']:.2f} of |winner - loser|^2: too far; raise anchor, lower alpha or stop earlier"]
     words = [f"implicit accuracy {last['accuracy']:.2f}, inside {last['inside']:.2g} on the pairs it trains on: " + (

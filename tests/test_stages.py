@@ -1044,6 +1044,14 @@ def test_the_verdict_on_pairs_held_out(tmp_path):
     assert "held out" not in "".join(stage3.verdicts(tmp_path))
 
 
+def test_a_run_that_changes_its_device_keeps_its_verdicts(tmp_path):
+    """On a GPU the lines of the log have the memory, too."""
+    for stage, fine in ((stage2, FINE2), (stage3, FINE3)):
+        for more in (({"memory_gb": 1.0}, {}), ({}, {"memory_gb": 1.0})):
+            (tmp_path / "log.jsonl").write_text("".join(json.dumps({"step": 1} | fine | x) + "\n" for x in more))
+            assert stage.verdicts(tmp_path)
+
+
 def test_verdicts_on_what_changes_over_a_run(tmp_path):
     """Eight lines, as the preset tiny writes: the loss of the fake score grows."""
     for ratio, flagged in ((1.0, False), (1.6, False), (2.5, True)):
