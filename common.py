@@ -344,11 +344,15 @@ def start_run(out_dir, cfg):
 
 @functools.cache                # once: a run goes on with the code that it has read, whatever is edited meanwhile
 def parsed(module):
-    return ast.dump(ast.parse(inspect.getsource(module)))
+    tree = ast.parse(inspect.getsource(module))
+    for node in ast.walk(tree):
+        if isinstance(getattr(node, "body", None), list):               # without docstrings
+            node.body = [x for x in node.body if not (isinstance(x, ast.Expr) and isinstance(x.value, ast.Constant))]
+    return ast.dump(tree)
 
 
 def code(*modules):
-    """A hash of what modules do, comments left out: what other code made is made again."""
+    """A hash of what modules do, comments and docstrings left out: what other code made is made again."""
     return hashlib.sha256("".join(map(parsed, modules)).encode()).hexdigest()[:16]
 
 

@@ -358,9 +358,9 @@ def test_batches_do_not_depend_on_ranks(bank):
 
 
 def test_an_edit_of_the_degradation_makes_other_clips(folder, tmp_path, monkeypatch):
-    """As a reader edits it: in the file. A comment makes none."""
+    """As a reader edits it: in the file. A comment or a docstring makes none."""
     names = []
-    for edit in ("", "    # why not\n", "    x = x * 0\n"):
+    for edit in ("", "    # why not\n", "    x = x * 0\n", '    """Why not."""\n'):
         source = Path(degradation.__file__).read_text()
         end = "    return to_bytes(x)\n"
         assert source.count(end) == 1
@@ -369,7 +369,7 @@ def test_an_edit_of_the_degradation_makes_other_clips(folder, tmp_path, monkeypa
                             if m is degradation else of(m))
         common.parsed.cache_clear()                         # as a new process would
         names.append(data.Bank(data.Clips(folder, 5, 32, NULL), 1, tmp_path, 32).path)
-    assert names[0] == names[1] != names[2]
+    assert names[0] == names[1] == names[3] != names[2]
 
 
 def test_other_code_footage_or_sizes_make_other_clips(folder, tmp_path, monkeypatch):
