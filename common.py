@@ -401,7 +401,7 @@ def log_row(out_dir, name, step, **values):
 
 
 def panel(path, columns, verdicts=()):
-    """A PNG of the middle frames of some clips, and next to it loss.png, every number of log.jsonl over the step.
+    """A PNG of the middle frames of some clips, and loss.png, every number of log.jsonl over the step, if there is one.
 
     columns: {title: video (B, 3, F, H, W) in [-1, 1]}. verdicts: lines of text below.
     """
@@ -419,7 +419,10 @@ def panel(path, columns, verdicts=()):
     fig.supxlabel("\n".join(verdicts) or " ", fontsize=8, ha="left", x=0.01)
     fig.savefig(path, dpi=110)
 
+    memory()                                                            # the panel's is not a step's
     lines = read_log(os.path.dirname(path))
+    if not lines:                                                       # such as pairs.png, before the first step
+        return
     names = [k for k in dict.fromkeys(k for line in lines for k in line) if k != "step"]
     rows = -(-len(names) // 4) or 1
     fig = Figure((13, 2.4 * rows), layout="constrained")
@@ -428,4 +431,3 @@ def panel(path, columns, verdicts=()):
         axis.plot(*zip(*points, strict=True), "." if len(points) == 1 else "-", linewidth=0.9)
         axis.set_title(name, fontsize=9)
     fig.savefig(os.path.join(os.path.dirname(path), "loss.png"), dpi=90)
-    memory()                                                            # the panel's is not a step's

@@ -192,6 +192,11 @@ def test_a_line_of_the_log_has_the_peak_memory_of_its_steps(monkeypatch, tmp_pat
     assert [line["memory_gb"] for line in common.read_log(tmp_path)] == [66.28, 65]
 
 
+def test_pictures_before_the_first_step_plot_no_log(tmp_path):
+    common.panel(f"{tmp_path}/pairs.png", {"LR": torch.zeros(1, 3, 1, 8, 8)})
+    assert [path.name for path in tmp_path.iterdir()] == ["pairs.png"]
+
+
 LEAVE = """
 import sys, torch, common
 rank, world, device = common.setup()
