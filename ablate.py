@@ -141,7 +141,7 @@ def configs(args, arm, out, seed):
 def evaluation(args):
     """The Config of evaluate.py: its protocol, its degradation; the inputs are the same for all seeds."""
     own = given(args, "out", "frames", "teacher_steps", "max_clips", "clips")
-    return evaluate.Config(**evaluate.PRESETS.get(args.preset, evaluate.PRESETS["small"]) | own)
+    return evaluate.Config(**evaluate.PRESETS[args.preset] | own)
 
 
 # ----------------------------------------------------------------------------
@@ -207,9 +207,8 @@ def spread(numbers):
 
 def tiles(model, frames, height, width):
     """How many tiles of training size a network sees of a clip of so many pixels, as infer.load cuts it."""
-    clip, stride = data.CLIPS[model], M.vae_class(model).stride
-    side = clip["crop"] // stride
-    sizes, tile = ((frames - 1) // 4 + 1, height // stride, width // stride), (clip["window"], side, side)
+    stride, tile = M.vae_class(model).stride, data.crop_shape(model)
+    sizes = (frames - 1) // 4 + 1, height // stride, width // stride
     return math.prod(len(M.tile_starts(n, k, o)) for n, k, o in zip(sizes, tile, M.overlaps(tile), strict=True))
 
 
@@ -229,9 +228,7 @@ def work(n, cfg):
 def forward_seconds(path, cfg, device):
     """Seconds of one forward of cfg.batch training crops, the best of three."""
     net, vae, _ = M.load_checkpoint(path, "student", device)
-    clip, seconds = data.CLIPS[cfg.model], []
-    side = clip["crop"] // vae.stride
-    z = torch.zeros(cfg.batch, net.head.head.out_features // 4, clip["window"], side, side, device=device)
+    z, seconds = torch.zeros(cfg.batch, vae.channels, *data.crop_shape(cfg.model), device=device), []
     for _ in range(3):
         start = time.perf_counter()
         with common.autocast(device):
@@ -336,13 +333,10 @@ def measure(cfg, clips, folder, run, key, arm, seed, pace, device):
     source = evaluate.sources(replace(cfg, out=str(run)))[arm.row]
     if isinstance(source, str):
         raise SystemExit(source)
-    source["sha256"] = data.sha256(source["path"])
     (folder / "clips").mkdir(exist_ok=True)
-    threads = torch.get_num_threads()
     made = evaluate.outputs(key, source, clips, folder / "clips", seed, device)
-    torch.set_num_threads(threads)                              # its workers may have set another number
-    stamp = {"outputs": [evaluate.sha256(frames) for frames, _ in made], "code": common.code(evaluate, metrics),
-             "truth": [evaluate.sha256(clip["hr"]) for clip in clips]}
+    stamp = {"outputs": [common.digest(frames) for frames, _ in made], "code": common.code(evaluate, metrics),
+             "truth": [common.digest(clip["hr"]) for clip in clips]}
     note = run / "numbers.json"
     about = json.loads(note.read_text()) if note.exists() else {}
     if about.get("stamp") != stamp:

@@ -202,7 +202,7 @@ def dit(preset, device, repeats, rate, compiled=False):
 
 def stage2(preset, device, repeats, rate):
     """One iteration of stage2_dual.py on random latents: no data, no checkpoints; drawing noise is not timed."""
-    cfg = stage2_dual.Config(**{"model": preset} | stage2_dual.PRESETS.get(preset, {}))
+    cfg = stage2_dual.Config(**stage2_dual.PRESETS[preset])
     B, T, H, W = SIZES[preset]["stage2"]
     with device:                                                        # drawn there: on a CPU 1.4 B take a while
         student = M.build(preset)
@@ -296,9 +296,7 @@ def inference(preset, device, repeats, rate, compiled=False):
     if preset == "wan1.3b":
         vae, velocity = M.WanVAE(MATMUL[device.type][1]).to(device), M.to_bf16(net)
     else:
-        vae, clip = M.build_vae(preset).to(device).requires_grad_(False), data.CLIPS[preset]
-        side = clip["crop"] // vae.stride
-        velocity = M.tiled(net, (clip["window"], side, side))
+        vae, velocity = M.build_vae(preset).to(device).requires_grad_(False), M.tiled(net, data.crop_shape(preset))
     if compiled:
         M.compile_blocks(net)
     unit = 2 * vae.stride                                               # of a token, in pixels

@@ -351,16 +351,24 @@ def parsed(module):
     return ast.dump(tree)
 
 
+def digest(*parts):
+    """A hash of strings and of the bytes of arrays, one after the other."""
+    h = hashlib.sha256()
+    for part in parts:
+        h.update(part.encode() if isinstance(part, str) else part.tobytes())
+    return h.hexdigest()
+
+
 def code(*modules):
     """A hash of what modules do, comments and docstrings left out: what other code made is made again."""
-    return hashlib.sha256("".join(map(parsed, modules)).encode()).hexdigest()[:16]
+    return digest(*map(parsed, modules))[:16]
 
 
 def contents(path):
     """A hash of the CRC-32s that torch.save wrote of a checkpoint's tensors: 40 GB need not be read."""
     with zipfile.ZipFile(path) as parts:                                # <name of the file>/data/0, ...
         listed = [(part.filename.partition("/")[2], part.file_size, part.CRC) for part in parts.infolist()]
-    return hashlib.sha256(repr(listed).encode()).hexdigest()
+    return digest(repr(listed))
 
 
 def commit():

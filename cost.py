@@ -6,6 +6,8 @@ A pass is a forward alone (1 F), one whose gradient is wanted at its input (F + 
 (F + b F). Nominally d = 1 and b = 2; flash attention computes its scores again for either, so with a share `a` of
 attention in F, d = 1 + 1.5 a and b = 2 + 0.5 a. Activation checkpointing adds F to both.
 """
+import math
+
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -54,18 +56,17 @@ def saved_bytes(name, kept, lora=0):
 def report(title, cfg, passes, clips=1):
     """Print the table and return {"forwards", "flops", "bytes"} of a step. passes: {network: (how it is kept, passes
     forward alone, with input gradient, full)}; clips: how many samples a pass takes for each of cfg.batch."""
-    row, clip = M.MODELS[cfg.model], data.clip_row(cfg.model)
-    side = clip["crop"] // M.vae_class(cfg.model).stride
-    tokens = clip["window"] * side * side // 4
+    row, crop, shape = M.MODELS[cfg.model], data.clip_row(cfg.model)["crop"], data.crop_shape(cfg.model)
+    tokens = math.prod(shape) // 4
     with torch.device("meta"):
         net = M.build(cfg.model)
         count, adapters = sum(p.numel() for p in net.parameters()), 0
         if any(kept == "adapted" for kept, *_ in passes.values()):
             adapters = sum(p.numel() for p in M.LoRA(net, cfg.lora).parameters())
-    forward, a = forward_flops(cfg.model, (16, clip["window"], side, side))
+    forward, a = forward_flops(cfg.model, (16, *shape))
     again, samples = int(cfg.checkpointing), cfg.batch * clips
     print(f"{title}, {cfg.model}: {count / 1e6:.2f} M parameters; F = {forward / 1e12:.3g} TFLOP, {a:.0%} attention, "
-          f"for a clip of {4 * clip['window'] - 3} frames of {clip['crop']}x{clip['crop']}, {tokens} tokens")
+          f"for a clip of {4 * shape[0] - 3} frames of {crop}x{crop}, {tokens} tokens")
     print(f"{samples} clips a pass, {cfg.accumulate} passes a step; counts are per step and GPU\n")
     print(f"{'network':15}{'kept':>12}{'alone':>7}{'input':>7}{'full':>7}{'F nominal':>11}{'TFLOP':>11}{'GB':>8}")
     total = {"forwards": 0, "flops": 0, "bytes": 0}

@@ -20,7 +20,6 @@ import json
 import math
 import os
 import sys
-import uuid
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -281,7 +280,7 @@ class Bank:
         self.n, self.crop_size, self.seed = n, crop, clips.seed
         self.shapes = [(clips.frames, s, s, 3) for s in (clips.size, clips.size // SCALE)]
         key = json.dumps([n, self.shapes, clips.stamp()])
-        self.path = Path(cache_dir) / f"bank-{hashlib.sha256(key.encode()).hexdigest()[:16]}.bin"
+        self.path = Path(cache_dir) / f"bank-{common.digest(key)[:16]}.bin"
         row = sum(math.prod(s) for s in self.shapes)
         if not self.path.exists():
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -291,8 +290,7 @@ class Bank:
         self.rows = np.memmap(self.path, np.uint8, "r", shape=(n, row))
 
     def _build(self, clips, row):
-        tmp = self.path.with_suffix(f".{uuid.uuid4().hex[:8]}")
-        try:
+        with media.whole(self.path) as tmp:
             reserve(tmp, self.n * row)
             rows = np.memmap(tmp, np.uint8, "r+", shape=(self.n, row))
 
@@ -301,9 +299,6 @@ class Bank:
             with degradation.one_thread(), ThreadPoolExecutor(common.workers()) as pool:  # workers start with one, too
                 list(tqdm(pool.map(make, range(self.n)), f"clips of {clips.folder}", self.n))
             rows.flush()
-            os.replace(tmp, self.path)
-        finally:
-            tmp.unlink(missing_ok=True)
 
     def __len__(self):
         return self.n
@@ -362,6 +357,13 @@ def clip_row(model):
     return row
 
 
+def crop_shape(model):
+    """(T, H, W) of the latents that a network of this model is trained on: a window of a crop."""
+    clip = clip_row(model)
+    side = clip["crop"] // M.vae_class(model).stride
+    return clip["window"], side, side
+
+
 def clips_for(model, folder, seed=0):
     """The Clips of a folder in the sizes and the strength that this model trains on."""
     clip = clip_row(model)
@@ -370,26 +372,24 @@ def clips_for(model, folder, seed=0):
 
 def footage(cfg):
     """A hash of what the clips of this Config of a stage are made from, Clips.stamp."""
-    stamp = clips_for(cfg.model, cfg.data, cfg.seed).stamp()
-    return hashlib.sha256(json.dumps(stamp).encode()).hexdigest()[:16]
+    return common.digest(json.dumps(clips_for(cfg.model, cfg.data, cfg.seed).stamp()))[:16]
 
 
 def training_bank(cfg, rank, latents=""):
-    """(Bank, its row of CLIPS) of the folder cfg.data; or LatentBank of the file `latents`, if one is named.
+    """The Bank of the folder cfg.data; or the LatentBank of the file `latents`, if one is named.
 
     Rank 0 builds a Bank while the others wait.
     """
-    clip = clip_row(cfg.model)
     if latents:
-        return LatentBank(latents, cfg.model, cfg.seed), clip
+        return LatentBank(latents, cfg.model, cfg.seed)
     clips = clips_for(cfg.model, cfg.data, cfg.seed)
     cache = Path(cfg.out).parent / "cache"
     if rank > 0:
         common.barrier()
-    bank = Bank(clips, cfg.clips, cache, clip["crop"])
+    bank = Bank(clips, cfg.clips, cache, clip_row(cfg.model)["crop"])
     if rank == 0:
         common.barrier()
-    return bank, clip
+    return bank
 
 
 def random_window(window, *latents):
@@ -417,10 +417,10 @@ SOFT = 0.7, 0.8     # px: targets of the negative prompt are blurred by 0.7 + 0.
 
 
 @torch.no_grad()
-def panel_batch(bank, vae, clip, seed, device):
+def panel_batch(bank, vae, window, seed, device):
     """(z_hr, z_lr, eps) of four crops, the same whenever a run asks: what panels show, so that they can be compared."""
     torch.manual_seed(seed)
-    z_hr, z_lr = random_window(clip["window"], *bank.latents(vae, 0, 4, device))
+    z_hr, z_lr = random_window(window, *bank.latents(vae, 0, 4, device))
     return z_hr, z_lr, torch.randn_like(z_hr)
 
 
@@ -434,9 +434,7 @@ def fingerprint(vae):
 
 def latent_shape(model):
     """Of a row of LatentBank: HR, LR and softened HR, (3, C, T, H, W)."""
-    clip, vae = clip_row(model), M.vae_class(model)
-    side = clip["crop"] // vae.stride
-    return 3, vae.channels, (clip["frames"] - 1) // 4 + 1, side, side
+    return 3, M.vae_class(model).channels, (clip_row(model)["frames"] - 1) // 4 + 1, *crop_shape(model)[1:]
 
 
 class LatentBank:
@@ -482,7 +480,7 @@ def open_vae(model, path):
     """The video code of this model from a checkpoint of this project, or from Wan2.1's files."""
     vae = M.build_vae(model).eval().requires_grad_(False)
     if isinstance(vae, M.PatchVAE):
-        M.load_part(vae, M.read_checkpoint(path), "vae", path)
+        M.fill(vae, M.read_checkpoint(path)["vae"], path)
     else:
         M.load_wan_vae(vae, path)
     return vae

@@ -13,7 +13,6 @@ A number is the mean over clips of the mean over frames, on 8-bit frames; nothin
 another size or length than their ground truth are refused; a shift, a wrong range and a lossy file are named. The
 paper's test sets are not used; its learned no-reference scores need --extra and what metrics.py names.
 """
-import hashlib
 import json
 import math
 import os
@@ -118,7 +117,7 @@ COLUMNS = {                         # metric: (heading, direction in which it ge
 
 
 def sources(cfg):
-    """{row: dict(path, part, steps, w)} for the rows that a network makes; a string is why a row has none."""
+    """{row: dict(path, part, steps, w, sha256)} for the rows that a network makes; a string is why a row has none."""
     stage = [f"{cfg.out}/stage{n}/last.pt" for n in range(4)]
     teacher = next((p for p in (stage[0], cfg.teacher) if os.path.isfile(p)), None)
     rows, w = {}, cfg.cfg_w
@@ -133,6 +132,9 @@ def sources(cfg):
     # the shipped student stands in only where nothing was trained: else its row would look like part of this run
     if not any(map(os.path.isfile, stage)) and os.path.isfile(cfg.student):
         rows["stage3"] = dict(path=cfg.student, part="student", steps=1, w=0.0)
+    for source in rows.values():
+        if isinstance(source, dict):
+            source["sha256"] = data.sha256(source["path"])
     return rows
 
 
@@ -143,7 +145,7 @@ def read_clips(cfg):
     if cfg.strength not in degradation.STRENGTHS:
         raise SystemExit(f"--strength {cfg.strength}: one of {', '.join(degradation.STRENGTHS)}")
     folder = Path(cfg.clips)
-    paths = sorted(p for p in folder.glob("*") if p.suffix.lower() in media.VIDEOS and p.name[0] != ".")
+    paths = media.files_in(folder, media.VIDEOS) if folder.is_dir() else []
     if not paths:
         raise SystemExit(f"{folder}: no videos in this folder; name one that has some by --clips")
     if len({path.stem for path in paths}) < len(paths):
@@ -167,14 +169,6 @@ def read_clips(cfg):
 
 # ----------------------------------------------------------------------------
 # outputs, kept from run to run
-
-
-def sha256(*parts):
-    """Of the bytes of arrays and strings, one after the other."""
-    h = hashlib.sha256()
-    for part in parts:
-        h.update(part.encode() if isinstance(part, str) else np.ascontiguousarray(part))
-    return h.hexdigest()
 
 
 def kept(path, stamp):
@@ -219,7 +213,7 @@ def outputs(row, source, clips, folder, seed, device):
     targets = []
     for clip in clips:
         name = f"{clip['name']}_{row}" + (f"_seed{seed}" if source and seed else "")
-        targets.append((folder / f"{name}.mkv", settings | {"lr": sha256(clip["lr"])}))
+        targets.append((folder / f"{name}.mkv", settings | {"lr": common.digest(clip["lr"])}))
     results = [kept(*target) for target in targets]
     missing = [i for i, result in enumerate(results) if result is None]
     upscaler = infer.load(source["path"], source["part"], device) if source and missing else None
@@ -322,7 +316,8 @@ def make_stamp(cfg, clips, rows, device):
     about = [{"name": c["path"].name, "sha256": data.sha256(c["path"]) if c["path"].is_file() else None,
               **{f"{k}_file": str(c[f"{k}_file"]) for k in ("hr", "lr") if c.get(f"{k}_file")},
               "frames": f"0..{len(c.get('pred', c['hr'])) - 1}", "size": c.get("pred", c["hr"]).shape[2:0:-1],
-              **{f"{k}_sha256": sha256(c[k]) for k in ("pred", "hr", "lr") if c.get(k) is not None}} for c in clips]
+              **{f"{k}_sha256": common.digest(c[k]) for k in ("pred", "hr", "lr") if c.get(k) is not None}}
+             for c in clips]
     seeds = [f"{cfg.seed}, clip {i}" for i in range(len(clips))]
     made_here = {"degradation": {"strength": cfg.strength, "seed": seeds},
                  "checkpoints": {row: source for row, source in rows.items() if isinstance(source, dict)},
@@ -469,9 +464,6 @@ def make(cfg, device):
             made["HR"] = [[(c["hr"], math.nan) for c in clips]]
         return clips, made, {}, {row: (ROWS | {"pred": "output"})[row] for row in made}, warnings
     rows, warnings = sources(cfg), []
-    for source in rows.values():
-        if isinstance(source, dict):
-            source["sha256"] = data.sha256(source["path"])
     for path in dict.fromkeys(source["path"] for source in rows.values() if isinstance(source, dict)):
         state = M.read_checkpoint(path)
         if state["step"] < state["total"]:

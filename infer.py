@@ -60,14 +60,7 @@ def wavelet_color(content, style):
     return content + rearrange(low, "(B F) c H W -> B c F H W", B=len(content))
 
 
-def adain_color(content, style):
-    """content with the mean and standard deviation that each colour of each frame has in style (StableSR)."""
-    (mean, std), (mean_style, std_style) = ((x.mean((3, 4), keepdim=True), x.std((3, 4), keepdim=True) + 1e-5)
-                                            for x in (content.float(), style.float()))
-    return (content - mean) / std * std_style + mean_style
-
-
-COLORS = {"wavelet": wavelet_color, "adain": adain_color, "none": lambda content, style: content}
+COLORS = {"wavelet": wavelet_color, "none": lambda content, style: content}
 
 # ----------------------------------------------------------------------------
 # one chunk of frames
@@ -79,8 +72,8 @@ def load(ckpt, part, device, tile=0, vae_dtype="fp32", vae_tiles=False):
     tile: pixels of output that the network sees at once; 0: the crop it was trained on. Of Wan's video code, which
     takes the most memory: vae_dtype: "fp32", as Wan, or "bf16"; vae_tiles: see model.WanVAE.
     """
-    net, vae, info = M.load_checkpoint(ckpt, part, device)
-    clip = data.CLIPS[info["config"]["model"]]
+    net, vae, config = M.load_checkpoint(ckpt, part, device)
+    window, side, _ = data.crop_shape(config["model"])
     if isinstance(vae, M.PatchVAE):
         if vae_tiles or vae_dtype != "fp32":
             raise SystemExit(f"{ckpt}: --vae_dtype and --vae_tiles are for Wan's video code; this model has another")
@@ -89,9 +82,9 @@ def load(ckpt, part, device, tile=0, vae_dtype="fp32", vae_tiles=False):
             vae.compute_in(torch.bfloat16)
         if vae_tiles:
             vae.code.enable_tiling()
-    side = max(2, (tile or clip["crop"]) // (2 * vae.stride) * 2)       # tokens are 2 x 2 latents
-    return partial(upscale, M.tiled(net, (clip["window"], side, side)), vae, clip["window"], device,
-                   shift=info["config"].get("shift", 1.0))              # of times; at one step without effect
+    side = tile // (2 * vae.stride) * 2 or side                         # tokens are 2 x 2 latents
+    return partial(upscale, M.tiled(net, (window, side, side)), vae, window, device,
+                   shift=config.get("shift", 1.0))     # of times; at one step without effect
 
 
 def noise(shape, start, seed):

@@ -653,7 +653,7 @@ def load_checkpoint(path, part="student", device="cpu", model=None, finished=Fal
 
     part: name of the state dict, such as "student", "ema" (stage 0) or "cfg" (stage 1). model, finished: refuse another
     model than this, and the checkpoint of a run that was interrupted, as the next stage must.
-    Returns (net, vae, info) with info = {"config", "step", "stage"}.
+    Returns (net, vae, config), config the dict that its run was made with.
     """
     state = read_checkpoint(path)
     if finished and state["step"] < state["total"]:
@@ -668,10 +668,9 @@ def load_checkpoint(path, part="student", device="cpu", model=None, finished=Fal
     with torch.device("meta"):                                          # without drawing weights that are replaced
         net = build(state["config"]["model"])
     net, vae = net.to_empty(device=device), build_vae(state["config"]["model"])
-    load_part(net, state, part, path)
-    load_part(vae, state, "vae", path)
-    info = {k: state[k] for k in ("config", "step", "stage")}
-    return net.eval().requires_grad_(False), vae.to(device).eval().requires_grad_(False), info
+    fill(net, state[part], f"{path}, {part!r}")
+    fill(vae, state["vae"], f"{path}, 'vae'")
+    return net.eval().requires_grad_(False), vae.to(device).eval().requires_grad_(False), state["config"]
 
 
 WAN_NAMES = (           # diffusers' names -> Wan's, replaced in this order; diffusers numbers the norms as they come
@@ -761,7 +760,7 @@ def load_wan(net, path):
     first, wide = found.get("patch_embedding.weight"), net.patch_embedding.in_channels
     if first is not None and first.ndim == 5 and 2 * first.shape[1] == wide:
         found["patch_embedding.weight"] = torch.cat([first, torch.zeros_like(first)], dim=1)
-    fill(net, found, path, given=("prompts", "residual"))
+    fill(net, found, path, given=("prompts",))
 
 
 def load_wan_vae(vae, path):
@@ -798,12 +797,3 @@ def teacher_file(cfg):
     if cfg.model == "tiny" and not os.path.exists(trained):
         return os.path.join(os.path.dirname(os.path.abspath(__file__)), "weights", "tiny_teacher.pt")
     return trained
-
-
-def load_part(module, state, part, path):
-    """module.load_state_dict, strict, of fp16 or fp32 weights; a mismatch names the file and the first bad key."""
-    try:
-        module.load_state_dict(state[part])
-    except RuntimeError as error:
-        first = str(error).splitlines()[1].strip()[:160]
-        raise SystemExit(f"{path}: {part!r} does not fit this model; is it of another preset? {first}") from None

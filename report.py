@@ -113,20 +113,18 @@ def page_clips(names, shown, budget):
         hr = truth(clip)
         count = len(hr)
         order = sorted(range(count), key=lambda t: abs(t - count // 2))         # middle first
-        frames = {row: [embed(v[t], "PNG" if row == "LR" else "JPEG") for t in order] for row, v in clip.items()}
+        frames = {row: {t: embed(v[t], "PNG" if row == "LR" else "JPEG") for t in order} for row, v in clip.items()}
         (y, xt), (cy, cx) = profiles(clip), busiest(hr, 96)
         budget -= sum(map(len, xt.values()))
-        steps.append([sum(len(v[i]) for v in frames.values()) for i in range(count)])
+        steps.append([sum(len(v[t]) for v in frames.values()) for t in order])
         clips.append(dict(name=name, size=hr.shape[2:0:-1], order=order, frames=frames, xt=xt, y=y,
                           spot=(cx + 48, cy + 48), count=count))
     fits = 1
     while fits < max(map(len, steps)) and sum(sum(s[:fits + 1]) for s in steps) <= budget:
         fits += 1
     for clip in clips:
-        pick = sorted(range(min(fits, clip["count"])), key=lambda i: clip["order"][i])
-        clip["numbers"] = [clip["order"][i] for i in pick]
-        clip["frames"] = {row: [v[i] for i in pick] for row, v in clip["frames"].items()}
-        del clip["order"]
+        clip["numbers"] = sorted(clip.pop("order")[:fits])
+        clip["frames"] = {row: [v[t] for t in clip["numbers"]] for row, v in clip["frames"].items()}
     return clips
 
 

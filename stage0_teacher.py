@@ -153,7 +153,8 @@ def main(cfg):
     out_dir = f"{cfg.out}/stage0"
     if rank == 0:
         common.start_run(out_dir, cfg)
-    bank, clip = data.training_bank(cfg, rank, cfg.latents)
+    bank = data.training_bank(cfg, rank, cfg.latents)
+    window = data.crop_shape(cfg.model)[0]                              # latent frames
     autocast = common.autocast(device)
 
     # networks, then resume, then DDP: nothing is loaded into a wrapper
@@ -180,7 +181,7 @@ def main(cfg):
             u_negative, u_drop, u_soft, u_lr, u_t = common.draw(torch.rand, (B, 5), part, parts, device).T
             text, soft = draw_prompts(u_negative, u_drop, cfg.negative, cfg.text_drop)     # data.soften: how
             pair = bank.latents(vae, (step * parts + part) * B, B, device, soft, u_soft)
-            z_0, z_lr = data.random_window(clip["window"], *pair)
+            z_0, z_lr = data.random_window(window, *pair)
             a = M.bcast(cfg.lr_noise * u_lr, z_lr)
             z_lr = (1 - a) * z_lr + a * common.draw(torch.randn, z_lr.shape, part, parts, device)
 
@@ -204,7 +205,7 @@ def main(cfg):
                 common.log(out_dir, bar, done, **seen, grad_norm=norm.item(), lr=learning_rate(step, cfg))
         if rank == 0 and (done % cfg.save_every == 0 or done == cfg.steps):
             common.save(f"{out_dir}/last.pt", cfg, "stage0", done, cfg.steps, **saved)
-            z_0, z_lr, eps = data.panel_batch(bank, vae, clip, cfg.seed, device)
+            z_0, z_lr, eps = data.panel_batch(bank, vae, window, cfg.seed, device)
             with torch.no_grad(), autocast:
                 few, many = (M.sample(ema, eps, z_lr, steps, cfg.shift) for steps in (1, 8))
                 guided = M.sample(ema, eps, z_lr, 8, cfg.shift, w=0.5)

@@ -132,7 +132,8 @@ def main(cfg):
     # teacher: whom the student imitates now; student: trained; cfg_net: the student as CFG distillation left it
     source = M.teacher_file(cfg)
     teacher, vae, _ = M.load_checkpoint(source, "ema", device, cfg.model, finished=True)
-    bank, clip = data.training_bank(cfg, rank, cfg.latents)
+    bank = data.training_bank(cfg, rank, cfg.latents)
+    window = data.crop_shape(cfg.model)[0]                              # latent frames
     student = deepcopy(teacher).requires_grad_(True)
     student.checkpointing = cfg.checkpointing
     cfg_net = deepcopy(teacher)
@@ -167,7 +168,7 @@ def main(cfg):
         for part in range(rank, parts, world):
             common.reseed(cfg.seed, "stage 1", step)
             pair = bank.latents(vae, (step * parts + part) * cfg.batch, cfg.batch, device)
-            z_0, z_lr = data.random_window(clip["window"], *pair)
+            z_0, z_lr = data.random_window(window, *pair)
             u = common.draw(torch.rand, (cfg.batch,), part, parts, device)
             eps = common.draw(torch.randn, z_0.shape, part, parts, device)
 
@@ -203,7 +204,7 @@ def main(cfg):
         if rank == 0 and (done % cfg.save_every == 0 or ends):
             common.save(f"{out_dir}/last.pt", cfg, "stage1", done, total, **saved)
         if rank == 0 and ends and (phase < 0 or n <= 8):                # longer grids cost more than they tell
-            z_0, z_lr, eps = data.panel_batch(bank, vae, clip, cfg.seed, device)
+            z_0, z_lr, eps = data.panel_batch(bank, vae, window, cfg.seed, device)
             many, few = (2 * n, n) if phase >= 0 else (8, 8)            # the teacher's steps, the student's
             with torch.no_grad(), autocast:
                 before = M.sample(teacher, eps, z_lr, many, cfg.shift)

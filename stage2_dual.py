@@ -203,16 +203,16 @@ def main(cfg):
         real = M.load_checkpoint(teacher, "ema", device, cfg.model, finished=True)[0]
         if stage1["source"] != common.contents(teacher):
             raise SystemExit(f"{teacher}: not the teacher that stage I was made from; run stage1_pd.py again")
-    bank, clip = data.training_bank(cfg, rank, cfg.latents)
+    bank = data.training_bank(cfg, rank, cfg.latents)
+    window, H, W = data.crop_shape(cfg.model)
     if common.precision(device) == torch.bfloat16:
         M.to_bf16(real)
     average = deepcopy(student)
     for net in (student, fake, real):
         net.checkpointing = cfg.checkpointing
     taps = M.tap_blocks(len(real.blocks))
-    side = clip["crop"] // vae.stride // 2                              # tokens per row of a crop
     common.reseed(cfg.seed, "head")
-    head = M.RFSHead(M.MODELS[cfg.model]["dim"], len(taps), cfg.head_channels, (clip["window"], side, side),
+    head = M.RFSHead(M.MODELS[cfg.model]["dim"], len(taps), cfg.head_channels, (window, H // 2, W // 2),
                      models=2 if cfg.features == "both" else 1, pooled=cfg.pooled).to(device)
     for net in (student, fake):
         net.requires_grad_(True)
@@ -239,7 +239,7 @@ def main(cfg):
         # updates so far, each with clips of its own: one a step of the warm-up, then aux_per_student + 1 a step
         update = cfg.aux_warmup + step if step < 0 else cfg.aux_warmup + step * (cfg.aux_per_student + 1) + k
         pair = bank.latents(vae, (update * parts + part) * cfg.batch, cfg.batch, device)
-        z_hr, z_lr = data.random_window(clip["window"], *pair)
+        z_hr, z_lr = data.random_window(window, *pair)
         return z_hr, z_lr, common.draw(torch.randn, z_lr.shape, part, parts, device)
 
     def time_and_noise(z, part):
@@ -373,7 +373,7 @@ def main(cfg):
                 common.log(out_dir, bar, done, **values)
         if rank == 0 and (done % cfg.save_every == 0 or done == cfg.steps):
             common.save(f"{out_dir}/last.pt", cfg, "stage2", done, cfg.steps, **saved)
-            z_hr, z_lr, eps_in = data.panel_batch(bank, vae, clip, cfg.seed, device)
+            z_hr, z_lr, eps_in = data.panel_batch(bank, vae, window, cfg.seed, device)
             with torch.no_grad():
                 with autocast:
                     z_0 = M.one_step(average, eps_in, z_lr)

@@ -147,15 +147,14 @@ def make_scorer(name):
 
 
 @torch.no_grad()
-def make_pair(i, student, vae, bank, clip, cfg, scorer, device):
+def make_pair(i, student, vae, bank, cfg, scorer, device):
     """Pair i, the best and the worst of several outputs for one LR clip: {"win", "lose", "lr": latents (C, T, H, W),
     "noise": of winner and loser (2, C, T, H, W), all fp16; "distance": mean (win - lose)^2; "record": for people}.
 
     Whole stored clips are judged, not crops: a scorer needs to see something.
     """
     common.reseed(cfg.seed, "candidates", i)
-    size = clip["crop"] // vae.stride
-    velocity = M.tiled(student, (clip["window"], size, size))
+    velocity = M.tiled(student, data.crop_shape(cfg.model))
     hr, lr = bank.whole(i % len(bank))
     up = data.upsample(data.to_tensor(lr, device)[None], hr.shape[1:3])
     z_lr = vae.encode(up)
@@ -226,7 +225,7 @@ def main(cfg):
     # the student and its frozen reference: where it starts
     source = f"{cfg.out}/stage2/last.pt"
     student, vae, _ = M.load_checkpoint(source, "student", device, cfg.model, finished=True)
-    bank, clip = data.training_bank(cfg, rank)
+    bank = data.training_bank(cfg, rank)
     reference = deepcopy(student)
     student.requires_grad_(True)
     student.checkpointing = cfg.checkpointing
@@ -247,7 +246,7 @@ def main(cfg):
     missing = [i for i in range(rank, cfg.pairs, world) if not usable(paths[i], stamp)]
     scorer = make_scorer(cfg.scorer) if missing else None
     for i in tqdm(missing, "candidates", disable=rank > 0, dynamic_ncols=True):
-        pair = make_pair(i, reference, vae, bank, clip, cfg, scorer, device)
+        pair = make_pair(i, reference, vae, bank, cfg, scorer, device)
         common.put_state(paths[i], {"stamp": stamp} | pair)
     del scorer                                                          # it may be a large network
     common.barrier()
@@ -269,7 +268,7 @@ def main(cfg):
     lam = cfg.anchor * beta / (4 * cfg.alpha)
 
     ddp, parts = common.parallel(student, world), world * cfg.accumulate
-    window, size = clip["window"], clip["crop"] // vae.stride
+    window, size, _ = data.crop_shape(cfg.model)
 
     def next_batch(step, part):
         """(winner, loser, LR, the two noises) of some pairs, one random window of each: (B, C, T, H, W)."""

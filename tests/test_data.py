@@ -344,9 +344,9 @@ def test_panels_show_the_same_noise_and_window_each_time():
     made = []
     for _ in range(4):
         torch.rand(3)                                        # whatever was drawn before
-        made.append(data.panel_batch(Source(), None, dict(window=2), 5, "cpu"))
+        made.append(data.panel_batch(Source(), None, 2, 5, "cpu"))
     assert all(torch.equal(a, b) for again in made[1:] for a, b in zip(made[0], again, strict=True))
-    assert not torch.equal(made[0][2], data.panel_batch(Source(), None, dict(window=2), 6, "cpu")[2])
+    assert not torch.equal(made[0][2], data.panel_batch(Source(), None, 2, 6, "cpu")[2])
 
 
 def test_batches_do_not_depend_on_ranks(bank):

@@ -175,13 +175,6 @@ def test_noise_belongs_to_a_place_in_the_film():
     assert not torch.equal(whole, infer.noise((1, 2, 5, 3, 3), 8, 1))
 
 
-def test_adain_colour():
-    content, style = torch.rand(1, 3, 2, 8, 8), 3 * torch.rand(1, 3, 2, 8, 8) + 1
-    out = infer.adain_color(content, style)
-    torch.testing.assert_close(out.mean((3, 4)), style.mean((3, 4)), atol=1e-4, rtol=0)
-    torch.testing.assert_close(out.std((3, 4)), style.std((3, 4)), atol=1e-3, rtol=0)
-
-
 @pytest.mark.parametrize("count, cuts", [(1, []), (17, []), (18, []), (100, [1, 40, 57, 99])])
 def test_chunks_keep_every_frame_once_and_stay_within_shots(count, cuts):
     parts = infer.chunks(count, cuts, 17, 4)
@@ -420,10 +413,10 @@ def test_options_reach_the_network(tmp_path, monkeypatch):
         return upscaler
     monkeypatch.setattr(infer, "load", load)
     infer.main([str(tmp_path / "in.mkv"), str(tmp_path / "out.mkv"), "--ckpt", f"{ROOT}/weights/tiny_teacher.pt",
-                *"--part ema --chunk 17 --seed 3 --steps 2 --w 0.5 --color adain --scale 2 --tile 64".split(),
+                *"--part ema --chunk 17 --seed 3 --steps 2 --w 0.5 --color none --scale 2 --tile 64".split(),
                 "--device", "cpu"])
     assert given == [((f"{ROOT}/weights/tiny_teacher.pt", "ema", "cpu", 64),
-                      dict(start=0, steps=2, w=0.5, seed=3, color="adain", scale=2))]
+                      dict(start=0, steps=2, w=0.5, seed=3, color="none", scale=2))]
     usual = vars(infer.arguments(["in", "out", "--chunk", "17"]))               # what evaluate.py measures
     defaults = inspect.signature(infer.upscale).parameters
     assert all(defaults[k].default == usual[k] for k in given[0][1].keys() - {"start"})
@@ -612,7 +605,7 @@ def test_two_runs_do_not_write_the_same_output(plain, tmp_path):
 
 def test_real_checkpoint_from_file_to_file(checkpoint, tmp_path):
     media.write_video(tmp_path / "in.mkv", scene(0, 7, 16, 24), NTSC)
-    infer.main([str(tmp_path / "in.mkv"), str(tmp_path / "out.mkv"), "--ckpt", checkpoint, "--color", "adain"])
+    infer.main([str(tmp_path / "in.mkv"), str(tmp_path / "out.mkv"), "--ckpt", checkpoint, "--color", "none"])
     assert media.read_video(tmp_path / "out.mkv").shape == (7, 64, 96, 3)
 
 

@@ -160,7 +160,7 @@ def test_stage0_measures_the_residual(chain, tmp_path):
     cfg = fork(chain, stage0, tmp_path, [], steps=1)
     stage0.main(cfg)
     net, vae, _ = M.load_checkpoint(f"{cfg.out}/stage0/last.pt", "ema")
-    bank, _ = data.training_bank(cfg, 0)
+    bank = data.training_bank(cfg, 0)
     hr, lr = bank.batch(0, 3)
     residual = vae.encode(hr) - vae.encode(data.upsample(lr, hr.shape[-2:]))
     torch.testing.assert_close(net.residual, residual.square().mean((0, 2, 3, 4)), rtol=0.2, atol=0.01)
@@ -988,8 +988,8 @@ def test_the_log_and_the_offsets_are_of_what_they_say(chain, tmp_path, monkeypat
         assert (line["pull_dmd"], line["pull_gan"], line["pull_fm"]) == (3, 5, 0)
         assert line["dmd_gan_cosine"] == pytest.approx(0.6)
     draw, z_0, z_hr, vae, noise = seen[-1]
-    bank, clip = data.training_bank(cfg, 0)
-    want_hr, z_lr, eps = data.panel_batch(bank, vae, clip, cfg.seed, torch.device("cpu"))
+    bank, window = data.training_bank(cfg, 0), data.crop_shape(cfg.model)[0]
+    want_hr, z_lr, eps = data.panel_batch(bank, vae, window, cfg.seed, torch.device("cpu"))
     student = M.load_checkpoint(f"{cfg.out}/stage2/last.pt", "student")[0]
     real = M.load_checkpoint(f"{cfg.out}/stage1/last.pt", "cfg")[0]
     t = torch.full((len(eps),), 0.3)
