@@ -317,16 +317,18 @@ def start_run(out_dir, cfg):
     last = f"{out_dir}/last.pt"
     if os.path.exists(last) and not cfg.resume:
         raise SystemExit(f"{last} exists: add --resume to continue it, or name another --out")
-    state = {"step": 0, "total": 1, "config": {}, "samples": samples(cfg)}
+    state = {"step": -1, "total": 1, "config": {}, "samples": samples(cfg)}    # before line 0, that of a warm-up
     try:
         if os.path.exists(last):        # mmap: only the small parts are wanted, not the gigabytes behind them
             state = torch.load(last, map_location="cpu", weights_only=True, mmap=True)
         step, before, seen = (state[k] for k in ("step", "config", "samples"))
     except Exception as error:
         raise SystemExit(f"{last}: cannot be read ({type(error).__name__}); remove it, or name another --out") from None
-    # may change; with other steps the decay of stage 0 and the middle of order = "sequential" move
+    # may change; with other steps the decay of stage 0 moves
     free = {"resume", "steps", "log_every", "save_every", "out", "data", "latents", "checkpointing", "compile",
             "batch", "accumulate"}
+    if vars(cfg).get("order") == "sequential":                          # DMD's half would have another end
+        free.remove("steps")
     changed = [k for k, v in asdict(cfg).items() if k not in free and before.get(k, v) != v]
     if seen != samples(cfg):
         changed.append(f"batch x accumulate x processes ({seen} samples a step)")

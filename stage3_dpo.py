@@ -10,16 +10,17 @@ Reads   out/<preset>/stage2/last.pt: student.
 Writes  out/<preset>/stage3/pairs/*.pt, the ranked pairs, used again if they are there; pairs.json, pairs.png show them;
         out/<preset>/stage3/last.pt: student, vae, and what --resume needs; log.jsonl, held.jsonl, panel.png, loss.png.
 
-Differs from the paper: (1) the scorer is an offline proxy unless DOVER or a pyiqa metric is installed and named: NIQE,
-flicker (so neither can judge this stage), and consistency with LR, with no credit above 30 dB, which most outputs
-reach; (2) an anchor to the stage II student is added (anchor = 0: none): at t = 1 dpo_inside is linear in the student's
-output, and the loss falls for ever along winner - loser; (3) only the pairs with the larger margins are used (keep):
-with the proxy those on which its measures agree most; (4) some are held out, to see whether the preference carries
-over. Left open there and settled here: winner and loser share fresh noise and one time. With each candidate's own noise
+Differs from the paper: (1) the scorer is an offline proxy: NIQE, flicker (so neither can judge this stage), and
+consistency with LR, with no credit above 30 dB, which most outputs reach. DOVER or a pyiqa metric is used if it is
+installed and named; with these nothing asks that a winner be true to LR; (2) an anchor to the stage II student is
+added (anchor = 0: none): at t = 1 dpo_inside is linear in the student's output, and the loss falls for ever along
+winner - loser; (3) only the pairs with the larger margins are used (keep): with the proxy those on which its measures
+agree most; (4) some are held out, to see whether the preference carries over.
+Left open there and settled here: winner and loser share fresh noise and one time. With each candidate's own noise
 the reference reproduces both at t = 1, and the gradient is 0 (own_noise). The time is uniform, as the z_t of the
 formula suggests, though the student only ever runs at t = 1 (dpo_t = "one": there alone). No time under 1 has been
-trained since the last phase but one of stage I (there 1/2 alone); what is learnt at such times reaches t = 1 through
-the weights that all times share.
+trained since the last phase but one of stage I (there one alone: 1/2, or 5/6 at shift 5); what is learnt at such times
+reaches t = 1 through the weights that all times share.
 """
 import json
 from copy import deepcopy
@@ -105,10 +106,10 @@ def dpo_inside(e_w, e_w_ref, e_l, e_l_ref, beta):
     return -beta / 2 * ((e_w - e_w_ref) - (e_l - e_l_ref))
 
 
-def dpo_loss(inside, drift=0.0, lam=0.0):
+def dpo_loss(inside, apart=0.0, lam=0.0):
     """L_DPO = -E log sigmoid(inside), the mean taken after the logarithm, ln 2 at the start; plus the anchor [ours],
-    lam times drift = |v - v_ref|^2, which at t = 1 is that of the clean estimates, |x - x_ref|^2."""
-    return -F.logsigmoid(inside).mean() + lam * drift
+    lam times apart = |v - v_ref|^2, which at t = 1 is that of the clean estimates, |x - x_ref|^2."""
+    return -F.logsigmoid(inside).mean() + lam * apart
 
 
 def choose_beta(distance, alpha):
@@ -260,10 +261,10 @@ def main(cfg):
         common.put(f"{out_dir}/pairs.json", json.dumps({"scorer": cfg.scorer, "pairs": records}, indent=1))
         show_pairs(f"{out_dir}/pairs.png", kept[:4], vae, device)
     distance = torch.tensor([pair["distance"] for pair in kept])
-    # alpha bounds how far the output moves, in units of (w - l): at t = 1 DPO pulls by sigmoid(-inside) beta (w - l),
-    # the anchor back by 2 lam (x - x_ref), and they balance at alpha (w - l) or before. Where winner and loser are
-    # two inputs (t < 1, own_noise) DPO rewards e_l by beta / 4, and the anchor charges its part of |v - v_ref|^2
-    # beta / (8 alpha): with alpha > 1/2, as here, that only slows its growth, until sigmoid(-inside) has shrunk
+    # alpha bounds how far the output moves, in units of (w - l). At t = 1 DPO pulls by sigmoid(-inside) beta (w - l),
+    # the anchor back by 2 lam (x - x_ref), and they balance at alpha (w - l) or before. Where winner and loser are two
+    # inputs (t < 1, own_noise) a larger loser's error earns beta / 4 a unit at first, and costs beta / (8 alpha): it
+    # is held from the start with alpha < 1/2 (small, wan1.3b); with tiny's 2 it grows until sigmoid(-inside) is small
     beta = cfg.dpo_beta or choose_beta(distance, cfg.alpha)
     lam = cfg.anchor * beta / (4 * cfg.alpha)
 
@@ -294,7 +295,7 @@ def main(cfg):
                dynamic_ncols=True)
     for step in bar:
         optimiser.zero_grad()
-        for part in range(rank, parts, world):
+        for part in range(rank, parts, world):                          # a part: see common.draw
             common.reseed(cfg.seed, "stage 3", step)
 
             # 1) a batch of pairs; the noise and the time are shared by winner and loser
@@ -315,17 +316,18 @@ def main(cfg):
                     with torch.no_grad():
                         v_ref, (e_w_ref, e_l_ref) = paired(reference, z_w, z_l, eps_w, eps_l, t, z_lr)
                 inside = dpo_inside(e_w, e_w_ref, e_l, e_l_ref, beta_at(beta, t, cfg.beta_mode))
-                drift = (v - v_ref).square().mean()
-                (dpo_loss(inside, drift, lam) / cfg.accumulate).backward()
+                apart = v - v_ref
+                (dpo_loss(inside, apart.square().mean(), lam) / cfg.accumulate).backward()
         norm = common.clip_and_step(optimiser, student, 1.0)
 
         # 3) log, save, panel
         done = step + 1
         if done % cfg.log_every == 0 or done == cfg.steps:
+            drift = M.bcast(t.repeat(2), v) * apart                     # of the clean estimates, but for the sign
             values = dict(dpo=dpo_loss(inside), accuracy=(inside > 0).float().mean(), inside=inside.mean(),
                           winner_error=e_w.mean(), winner_change=(e_w - e_w_ref).mean(),
                           loser_error=e_l.mean(), loser_change=(e_l - e_l_ref).mean(),
-                          drift=drift / (z_w - z_l).square().mean(), grad_norm=norm)
+                          drift=drift.square().mean() / (z_w - z_l).square().mean(), grad_norm=norm)
             values = {k: common.mean(x) for k, x in values.items()}
             if rank == 0:
                 common.log(out_dir, bar, done, **values, beta=beta)
