@@ -55,7 +55,7 @@ class Config:
     text_drop: float = 0.1          # share of clips that get the prompt NULL, for AGAINST = NULL; z_lr is never dropped
     negative: float = 0.25          # share of clips with softened target and the negative prompt [SUPIR]
     lr_noise: float = 0.1           # z_lr <- (1 - a) z_lr + a n, a ~ U(0, lr_noise) [SeedVR: 0.25]
-    shift: float = 1.0              # time shift of the training times, uniform at 1 [SeedVR: 5 for large videos]
+    shift: float = 1.0              # of the training times, uniform at 1 [SeedVR: 5 for large videos, logit-normal]
     compile: bool = False           # torch.compile of the blocks: 1.25 times as fast on a CPU with g++, after 20 s
     checkpointing: bool = False     # keep the inputs of blocks alone and compute the rest twice: less memory
     dry_run: bool = False           # print what a step costs, in passes, FLOPs and memory, and stop
@@ -67,7 +67,7 @@ PRESETS = {                         # the first one is the default; its values r
     "tiny":  dict(),
     "small": dict(model="small", out="out/small", clips=4000, batch=16, lr=3e-4, warmup=1000),
     "wan1.3b": dict(model="wan1.3b", out="out/wan1.3b", clips=2000, batch=1, accumulate=8, steps=10_000, lr=2e-5,
-                    lr_noise=0.25, shift=5.0, checkpointing=True),
+                    lr_noise=0.25, shift=5.0, ema=0.9998, checkpointing=True),
 }
 
 # ----------------------------------------------------------------------------

@@ -10,8 +10,8 @@ Reads   out/<preset>/stage0/last.pt (ema), or weights/tiny_teacher.pt if there i
 Writes  out/<preset>/stage1/last.pt: cfg (guided multi-step model, the real score of stage II), student (one step),
         vae, and what --resume needs; log.jsonl, panel.png, loss.png.
 
-Differs from the paper: (1) the loss compares velocities; end points (pd_space = "z", the paper's) weigh a step by its
-squared length: of a student of 32 steps one up to 470 times as much as another at shift 5, all alike at shift 1;
+Differs from the paper: (1) the loss compares velocities; end points (pd_space = "z", the paper's) weigh each step by
+its squared length, at shift 1 all alike, at shift 5 the longest of 32 steps 470 times as much as the shortest;
 (2) guidance is (1 + w) v(c) - w v(neg): the factor w on the second term is missing in a public summary of the paper,
 and without it c = neg would not give v(neg); (3) neg is the low-quality prompt (AGAINST in model.py), not no text: the
 tiny teacher hardly tells none from the good one.
@@ -165,7 +165,7 @@ def main(cfg):
 
         # 2) one step towards the teacher: its guided velocity, or two of its steps in one
         optimiser.zero_grad()
-        for part in range(rank, parts, world):
+        for part in range(rank, parts, world):                          # a part: see common.draw
             common.reseed(cfg.seed, "stage 1", step)
             pair = bank.latents(vae, (step * parts + part) * cfg.batch, cfg.batch, device)
             z_0, z_lr = data.random_window(window, *pair)
@@ -176,7 +176,7 @@ def main(cfg):
                 with autocast:
                     return teacher(z, t, z_lr, M.prompt(z, which)).float()
 
-            with torch.no_grad():       # v_start: what the student says if it has learnt nothing in this phase
+            with torch.no_grad():       # v_start: the teacher's own v at z_t, that of a student that has learnt nothing
                 if phase < 0:
                     t = t_end = M.time_shift(u, cfg.shift)              # t_end is not used
                     z_t = M.add_noise(z_0, eps, t)

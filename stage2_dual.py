@@ -91,7 +91,7 @@ class Config:
     lr: float = 2e-4                # student learning rate; at 4e-4 one was unstable [ours; 2e-6 at 1.3B: CausVid]
     lr_fake: float = 2e-4           # fake score learning rate [ours]
     lr_head: float = 1e-3           # head learning rate [ours]
-    ema: float = 0.95               # decay of the student's average [ours; 0.99 at 1.3B: Self-Forcing]
+    ema: float = 0.95               # decay of the student's average [ours; 0.99 at 1.3B: Self-Forcing, from step 200]
     clip_norm: float = 1.0          # gradient norm at which each network is clipped [ours; 10 at 1.3B: DMD2]
     log_every: int = 5              # student updates between log lines
     save_every: int = 20            # student updates between checkpoints and panels
@@ -272,9 +272,9 @@ def main(cfg):
         gan, values = "gan" in active, {}
 
         # 1) auxiliary updates: the fake score follows the student (L_Diff), the head tells it from HR (L_D)
-        updates = (cfg.aux_per_student if step >= 0 else 1) if uses_scores(cfg) else 0
-        for k in range(updates):
-            for part in range(rank, parts, world):
+        updates = 1 if step < 0 else cfg.aux_per_student
+        for k in range(updates if uses_scores(cfg) else 0):
+            for part in range(rank, parts, world):                      # a part: see common.draw
                 z_hr, z_lr, eps_in = next_batch(step, k, part)
                 with torch.no_grad(), autocast:                         # neither L_Diff nor L_D trains the student
                     z_0 = M.one_step(student, eps_in, z_lr)
@@ -289,9 +289,9 @@ def main(cfg):
                         f_hr = features_of_hr(M.add_noise(z_hr, eps_hr, t_hr), t_hr, z_lr)
                         with torch.no_grad():
                             f_real = score(real, z_t, t, z_lr)[1] if real in backbones else []
-                        f_s = f_real + [f.detach() for f in f_fake if fake in backbones]    # L_D trains head, not fake
+                        f_fake = [f.detach() for f in f_fake] if fake in backbones else []  # L_D trains head, not fake
                         with autocast:                                  # HR, then the student
-                            logits = head_ddp([torch.cat(pair) for pair in zip(f_hr, f_s, strict=True)])
+                            logits = head_ddp([torch.cat(pair) for pair in zip(f_hr, f_real + f_fake, strict=True)])
                         loss_d = hinge_d(*logits.float().chunk(2))
                     ((loss_diff + loss_d) / cfg.accumulate).backward()  # different weights: one backward does both
             values = dict(diff=loss_diff, grad_norm_fake=common.clip_and_step(opt_fake, fake, cfg.clip_norm))

@@ -1,4 +1,6 @@
 """Stage I against closed forms: CFG target, progressive-distillation target, composition of perfect students."""
+from copy import deepcopy
+
 import pytest
 import torch
 
@@ -92,6 +94,57 @@ def test_perfect_students_compose_to_the_64_step_sampler(shift, gain):
         target, _ = stage1.pd_target(teacher, torch.ones(n, 1), t, t_mid, t_end)
         a = dict(zip(t.tolist(), target[:, 0].tolist(), strict=True))
     assert 1 - a[1.0] == pytest.approx(gain, abs=1e-4)
+
+
+def test_a_trained_student_does_in_one_step_what_its_teacher_does_in_many():
+    """Data at -1 and 1, each +- 0.2: one Euler step of the exact velocity ends at their mean, 0, off by 1."""
+    torch.manual_seed(0)
+
+    def exact(z, t):
+        a, t = M.bcast(1 - t, z), M.bcast(t, z)
+        mean = torch.tanh(a * z / ((0.2 * a) ** 2 + t ** 2))            # of the centres, given z_t
+        z_0 = mean + 0.2 ** 2 * a / ((0.2 * a) ** 2 + t ** 2) * (z - a * mean)
+        return (z - z_0) / t
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = torch.nn.Sequential(torch.nn.Linear(5, 128), torch.nn.SiLU(), torch.nn.Linear(128, 128),
+                                              torch.nn.SiLU(), torch.nn.Linear(128, 1))
+
+        def forward(self, z, t):
+            t = M.bcast(t, z)
+            return self.layers(torch.cat([z, t, z * t, torch.sin(3 * z), torch.cos(3 * z)], dim=1))
+
+    def train(net, teacher, n, steps, lr):
+        """Towards the teacher's velocity (n = 0), or as a student of n steps of a teacher of twice as many."""
+        optimiser = torch.optim.Adam(net.parameters(), lr)
+        for k in range(steps):
+            z_0 = torch.randint(2, (512, 1)) * 2 - 1 + 0.2 * torch.randn(512, 1)
+            u = torch.rand(512)
+            t, t_mid, t_end = stage1.pd_times(u, n, 1.0) if n else (u, None, None)
+            z_t = M.add_noise(z_0, torch.randn(512, 1), t)
+            with torch.no_grad():
+                target = stage1.pd_target(teacher, z_t, t, t_mid, t_end)[0] if n else teacher(z_t, t)
+            optimiser.param_groups[0]["lr"] = lr * (1 - k / steps)
+            optimiser.zero_grad()
+            stage1.pd_loss(net(z_t, t), target, t, t_end).backward()
+            optimiser.step()
+
+    noise = torch.randn(2000, 1)
+
+    @torch.no_grad()
+    def output(velocity, n):
+        z, grid = noise, M.time_grid(n, 1.0).flip(0)
+        for t, t_end in zip(grid, grid[1:], strict=False):
+            z = z - (t - t_end) * velocity(z, t.expand(len(z)))
+        return z
+    goal, student = output(exact, 64), Net()
+    train(student, exact, 0, 300, 3e-3)
+    for n in (16, 8, 4, 2, 1):
+        train(student, deepcopy(student), n, 150, 2e-3)
+    errors = [(output(velocity, 1) - goal).abs().mean().item() for velocity in (exact, student)]
+    assert errors[0] > 0.9 and errors[1] < errors[0] / 5
 
 
 def test_ratio_starts_at_one():

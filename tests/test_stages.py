@@ -179,11 +179,12 @@ def test_stage0_teaches_the_first_guess(chain, tmp_path, monkeypatch):
 
 
 def test_stage0_passes_on_its_constants(chain, tmp_path, monkeypatch):
-    """With a noise of ones and the same uniform numbers for all: z_lr a fifth on its way to 1, t = 0.5 shifted by 5."""
+    """With a noise of ones and the same uniform numbers for all: z_lr a fifth on its way to 1, t = 0.5 shifted by 5;
+    the prompt is dropped, z_lr is not."""
     uniform = torch.tensor([0.9, 0.8, 0.3, 0.4, 0.5])           # negative, drop, soft, lr, t
     monkeypatch.setattr(common, "draw", lambda sampler, shape, *rest: uniform.expand(shape) if sampler is torch.rand
                         else torch.ones(shape))
-    cfg = fork(chain, stage0, tmp_path, [], steps=3, save_every=3, lr_noise=0.5, shift=5.0, ema=0.15)
+    cfg = fork(chain, stage0, tmp_path, [], steps=3, save_every=3, lr_noise=0.5, shift=5.0, ema=0.15, text_drop=0.85)
     pairs, soft, asked, steps, decays = [], [], [], [], []
     window, latents, loss = data.random_window, data.Bank.latents, stage0.flow_loss
     step, average = common.clip_and_step, common.ema_update
@@ -197,9 +198,27 @@ def test_stage0_passes_on_its_constants(chain, tmp_path, monkeypatch):
     assert len(asked) == 3 and decays == pytest.approx([0.1, 0.15, 0.15]) and steps == [(1.0, 0.01)] * 3
     assert len(soft) == 3 and all(torch.equal(u, torch.full((2,), 0.3)) for u in soft)
     for (_, z_0, z_lr, text, t, eps), (hr, lr) in zip(asked, pairs, strict=False):
-        assert torch.equal(z_0, hr) and (text == M.POSITIVE).all() and (eps == 1).all()
+        assert torch.equal(z_0, hr) and (text == M.NULL).all() and (eps == 1).all()
         torch.testing.assert_close(z_lr, 0.8 * lr + 0.2)
         torch.testing.assert_close(t, torch.full((2,), 5 * 0.5 / (1 + 4 * 0.5)))
+
+
+@pytest.mark.parametrize("stage", [stage0, stage1, stage2, stage3])
+def test_every_seed_step_and_pair_draws_noise_of_its_own(chain, tmp_path, monkeypatch, stage):
+    drawn, draw = [], common.draw
+
+    def spied(*args):
+        drawn.append(draw(*args))
+        return drawn[-1]
+    monkeypatch.setattr(common, "draw", spied)
+    for seed in (0, 1):
+        before = ["stage0", "stage1", "stage2"][:list(chain).index(stage)]
+        cfg = fork(chain, stage, tmp_path / str(seed), before, seed=seed)
+        stage.main(cfg)
+        if stage is stage3:
+            for i in range(cfg.pairs):
+                drawn += stage3.read_pair(f"{cfg.out}/stage3/pairs/{i:05d}.pt")["noise"].float()
+    assert len(drawn) > 8 and len({tuple(x.flatten()[:6].tolist()) for x in drawn}) == len(drawn)
 
 
 def test_another_seed_is_another_run_of_stage0(chain, tmp_path, monkeypatch):
@@ -231,16 +250,23 @@ def test_stage1_phases(chain, tmp_path, monkeypatch):
 
 
 def test_stage1_passes_on_its_constants(chain, tmp_path, monkeypatch):
-    """The guidance weight, the space of the loss, and rates that fall to 0 in each phase, and with more steps."""
-    cfg = fork(chain, stage1, tmp_path, ["stage0"], pd_space="z", cfg_w=0.7, cfg_lr=1e-3, pd_lr=2e-3)
-    weights, spaces, rates = [], [], []
-    target, loss, step = stage1.cfg_target, stage1.pd_loss, common.clip_and_step
-    monkeypatch.setattr(stage1, "cfg_target", lambda v, z, t, w: (weights.append(w), target(v, z, t, w))[1])
+    """The guidance weight, the space of the loss, the shift of its times, and rates that fall to 0 in each phase, and
+    with more steps."""
+    cfg = fork(chain, stage1, tmp_path, ["stage0"], pd_space="z", cfg_w=0.7, cfg_lr=1e-3, pd_lr=2e-3, shift=5.0)
+    weights, spaces, rates, shifts, draw = [], [], [], [], common.draw
+    target, loss, step, times = stage1.cfg_target, stage1.pd_loss, common.clip_and_step, stage1.pd_times
+    monkeypatch.setattr(common, "draw", lambda sampler, shape, *rest: torch.full(shape, 0.5) if sampler is torch.rand
+                        else draw(sampler, shape, *rest))
+    monkeypatch.setattr(stage1, "cfg_target", lambda v, z, t, w: (weights.append((w, *t.tolist())),
+                                                                  target(v, z, t, w))[1])
+    monkeypatch.setattr(stage1, "pd_times", lambda u, n, shift: (shifts.append(shift), times(u, n, shift))[1])
     monkeypatch.setattr(stage1, "pd_loss", lambda *args: (spaces.append(args[-1]), loss(*args))[1])
     monkeypatch.setattr(common, "clip_and_step", lambda optimiser, *args: (
         rates.append(optimiser.param_groups[0]["lr"]), step(optimiser, *args))[1])
     stage1.main(cfg)
-    assert weights == [0.7] * 2 and spaces == ["v"] * 2 + ["z"] * 4
+    shifted = 5 * 0.5 / (1 + 4 * 0.5)
+    assert weights == [pytest.approx((0.7, shifted, shifted))] * 2 and spaces == ["v"] * 2 + ["z"] * 4
+    assert shifts == [5.0] * 4
     assert rates == pytest.approx([1e-3, 5e-4, 2e-3 / 2 ** 0.5, 1e-3 / 2 ** 0.5, 2e-3, 1e-3])
 
 
@@ -426,6 +452,60 @@ def test_streams_share_one_noised_sample_and_the_pair_its_noise(chain, tmp_path,
     for k, (first, second) in enumerate(zip(noised[::2], noised[1::2], strict=True)):
         assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
         assert not torch.equal(first[0], made[k]) and (k == 0 or not torch.equal(first[1], noised[2 * k - 2][1]))
+
+
+def test_hr_can_have_noise_of_its_own_in_the_heads_loss_alone(chain, tmp_path, monkeypatch):
+    cfg = fork(chain, stage2, tmp_path, ["stage0", "stage1"], steps=1, gan_same_noise=False)
+    noised, add = [], M.add_noise
+    monkeypatch.setattr(M, "add_noise", lambda z, eps, t: (noised.append((eps, t)), add(z, eps, t))[1])
+    stage2.main(cfg)
+    auxiliary = cfg.aux_warmup + cfg.aux_per_student
+    pairs = list(zip(noised[::2], noised[1::2], strict=False))[:auxiliary + 1]              # without the panel's
+    same = [[torch.equal(a, b) for a, b in zip(*pair, strict=True)] for pair in pairs]
+    assert same == [[False, False]] * auxiliary + [[True, True]]                            # L_D, then L_FM
+
+
+def test_stage2_passes_on_its_constants(chain, tmp_path, monkeypatch):
+    """Rates, momentum and the clipping of each network, times, and how losses and the head are made."""
+    cfg = fork(chain, stage2, tmp_path, ["stage0", "stage1"], steps=1, aux_warmup=0, aux_per_student=1, lr=1e-3,
+               lr_fake=2e-3, lr_head=3e-3, clip_norm=0.5, ema=0.7, t_min=0.1, t_max=0.8, shift=5.0, dmd_half=False,
+               fm_norm="l1", pooled=True, head_channels=8)
+    nets, seen, draw = spy_networks(monkeypatch), [], common.draw
+    monkeypatch.setattr(common, "draw", lambda sampler, shape, *rest: torch.full(shape, 0.5) if sampler is torch.rand
+                        else draw(sampler, shape, *rest))
+
+    def spy(where, name, keep):
+        original = getattr(where, name)
+        monkeypatch.setattr(where, name, lambda *args: (seen.append((name, *keep(*args))), original(*args))[1])
+
+    def of_update(optimiser, net, norm):
+        group, = optimiser.param_groups
+        assert {id(p) for p in group["params"]} == {id(p) for p in net.parameters()}
+        return next(k for k, x in nets.items() if x is net), *(group[k] for k in ("lr", "betas", "weight_decay")), norm
+    spy(common, "clip_and_step", of_update)
+    spy(common, "ema_update", lambda average, net, decay: (decay,))
+    spy(stage2, "dmd_loss", lambda *args: (args[-1],))
+    spy(stage2, "fm_loss", lambda *args: (args[-1],))
+    spy(M, "add_noise", lambda z, eps, t: t.tolist())
+    stage2.main(cfg)
+    times = [t for name, *times in seen if name == "add_noise" for t in times][:8]      # without the panel's
+    assert times == pytest.approx([0.1 + 0.7 * 5 * 0.5 / (1 + 4 * 0.5)] * 8)
+    assert [x for x in seen if x[0] != "add_noise"] == [
+        ("clip_and_step", "cfg", 2e-3, (0.0, 0.999), 0, 0.5), ("clip_and_step", "head", 3e-3, (0.9, 0.999), 0, 0.5),
+        ("dmd_loss", False), ("fm_loss", "l1"), ("clip_and_step", "student", 1e-3, (0.0, 0.999), 0, 0.5),
+        ("ema_update", 0.7)]
+    head = nets["head"]
+    assert head.project.out_features == 8 and isinstance(head.layers[-2], torch.nn.AdaptiveAvgPool3d)
+
+
+def test_equal_score_models_move_no_student(chain, tmp_path):
+    """At the start fake is real; a guided real score is another."""
+    for k, (real_score, still) in enumerate((("cfg", True), ("teacher", False))):
+        cfg = fork(chain, stage2, tmp_path / str(k), ["stage0", "stage1"], steps=1, aux_warmup=0, aux_per_student=0,
+                   streams=("dmd",), real_score=real_score)
+        stage2.main(cfg)
+        line, = common.read_log(f"{cfg.out}/stage2")
+        assert [line[key] == 0 for key in ("dmd", "g_mean", "grad_norm")] == [still] * 3
 
 
 def test_the_loop_feeds_its_losses(chain, tmp_path, monkeypatch):
@@ -616,6 +696,28 @@ def test_dpo_variants(chain, tmp_path, monkeypatch, changes, zero):
     assert (t_w == 1).all() if cfg.dpo_t == "one" else 0 < t_w.min() < t_w.max() < 1
 
 
+@pytest.mark.parametrize("given, mode", [(7.0, "flow"), (0.0, "constant")])
+def test_stage3_passes_on_its_constants(chain, tmp_path, monkeypatch, given, mode):
+    """The rate, and a beta that is given or chosen from the pairs, as it is at each time."""
+    cfg = fork(chain, stage3, tmp_path, ["stage0", "stage1", "stage2"], steps=1, held=0, lr=3e-4, dpo_beta=given,
+               beta_mode=mode)
+    betas, times, rates = [], [], []
+    inside, paired, step = stage3.dpo_inside, stage3.paired, common.clip_and_step
+    monkeypatch.setattr(stage3, "dpo_inside", lambda *args: (betas.append(args[-1]), inside(*args))[1])
+    monkeypatch.setattr(stage3, "paired", lambda *args: (times.append(args[5]), paired(*args))[1])
+    monkeypatch.setattr(common, "clip_and_step", lambda optimiser, net, norm: (
+        rates.append((optimiser.param_groups[0]["lr"], optimiser.param_groups[0]["weight_decay"], norm)),
+        step(optimiser, net, norm))[1])
+    stage3.main(cfg)
+    if given:
+        torch.testing.assert_close(betas[0], 7 * (1 - times[0]).square())
+    else:
+        pairs = [stage3.read_pair(f"{cfg.out}/stage3/pairs/{i:05d}.pt") for i in range(cfg.pairs)]
+        distance = torch.tensor([pair["distance"] for pair in pairs])
+        assert betas == [pytest.approx(2 / (cfg.alpha * distance.median().item()))]
+    assert rates == [(3e-4, 0, 1.0)]
+
+
 def test_own_noise_teaches_nothing_to_a_student_that_looks_around(chain, tmp_path):
     """Of what it made of a clip a window is not what it makes of that window: its candidates are made again there."""
     state, norms = checkpoint(chain[stage2], "stage2"), {}
@@ -648,19 +750,22 @@ def test_pairs_held_out_are_measured_and_not_trained_on(chain, tmp_path, monkeyp
 
 
 def test_the_anchor_is_on_velocities_at_all_times(chain, tmp_path, monkeypatch):
-    """Held by t times that, as clean estimates are, the student would run off near t = 0."""
+    """Held by t times that, as clean estimates are, the student would run off near t = 0. The log tells of these."""
     cfg = fork(chain, stage3, tmp_path, ["stage0", "stage1", "stage2"], steps=1, held=0, anchor=0.7, alpha=3.0)
-    paired, loss, held = stage3.paired, stage3.dpo_loss, []
+    paired, loss, held, asked = stage3.paired, stage3.dpo_loss, [], []
 
     def moved_by_2(net, *args):
+        asked[:] = args
         v, errors = paired(net, *args)
         return (v + 2 if torch.is_grad_enabled() else v), errors
     monkeypatch.setattr(stage3, "paired", moved_by_2)
     monkeypatch.setattr(stage3, "dpo_loss", lambda inside, *args: held.extend(args) or loss(inside, *args))
     stage3.main(cfg)
-    drift, lam = held
-    assert drift.item() == pytest.approx(4, abs=1e-4)
+    apart, lam = held
+    assert apart.item() == pytest.approx(4, abs=1e-4)
     line, = common.read_log(f"{cfg.out}/stage3")
+    z_w, z_l, t = asked[0], asked[1], asked[4]
+    assert line["drift"] == pytest.approx((4 * t.square().mean() / (z_w - z_l).square().mean()).item(), rel=1e-3)
     assert float(f"{lam * 4 * 3.0 / 0.7:.6g}") == line["beta"]  # lam = anchor beta / (4 alpha), as logged
 
 
@@ -818,11 +923,12 @@ def test_a_new_run_keeps_no_row_of_an_old_one(tmp_path):
     """Of any log: one whose checkpoint was removed to start again, or that was stopped after its last checkpoint."""
     cfg = stage2.Config()
     for name in ("log.jsonl", "offsets.jsonl"):
-        (tmp_path / name).write_text('{"step": 1}\n{"step": 2}\n{"step": 3, "cut sh')
+        (tmp_path / name).write_text('{"step": 0}\n{"step": 1}\n{"step": 2}\n{"step": 3, "cut sh')
     torch.save({"step": 1, "total": 9, "config": {}, "samples": common.samples(cfg)}, tmp_path / "last.pt")
     cfg.resume = True
     common.start_run(str(tmp_path), cfg)
-    assert [common.read_log(tmp_path, name) for name in ("log.jsonl", "offsets.jsonl")] == [[{"step": 1}]] * 2
+    both = [common.read_log(tmp_path, name) for name in ("log.jsonl", "offsets.jsonl")]
+    assert both == [[{"step": 0}, {"step": 1}]] * 2
     (tmp_path / "last.pt").unlink()
     common.start_run(str(tmp_path), cfg)
     assert not common.read_log(tmp_path) and not common.read_log(tmp_path, "offsets.jsonl")
@@ -844,6 +950,14 @@ def test_a_run_goes_on_with_its_own_constants_alone(tmp_path, stage):
         elif name not in ("batch", "accumulate", "resume"):     # the product of the first two counts
             with pytest.raises(SystemExit, match=f"made with another {name};"):
                 common.start_run(tmp_path, changed)
+
+
+def test_the_halves_of_a_sequential_run_keep_their_ends(tmp_path):
+    cfg = stage2.Config(order="sequential", resume=True)
+    common.save(tmp_path / "last.pt", cfg, "stage2", 1, cfg.steps)
+    common.start_run(tmp_path, cfg)
+    with pytest.raises(SystemExit, match="made with another steps;"):
+        common.start_run(tmp_path, replace(cfg, steps=cfg.steps + 2))
 
 
 def first_and_last(scores):
