@@ -333,6 +333,7 @@ def measure(cfg, clips, folder, run, key, arm, seed, pace, device):
     source = evaluate.sources(replace(cfg, out=str(run)))[arm.row]
     if isinstance(source, str):
         raise SystemExit(source)
+    source["sha256"] = data.sha256(source["path"])              # of this row alone: some are 40 GB
     (folder / "clips").mkdir(exist_ok=True)
     made = evaluate.outputs(key, source, clips, folder / "clips", seed, device)
     stamp = {"outputs": [common.digest(frames) for frames, _ in made], "code": common.code(evaluate, metrics),

@@ -117,7 +117,7 @@ COLUMNS = {                         # metric: (heading, direction in which it ge
 
 
 def sources(cfg):
-    """{row: dict(path, part, steps, w, sha256)} for the rows that a network makes; a string is why a row has none."""
+    """{row: dict(path, part, steps, w)} for the rows that a network makes; a string is why a row has none."""
     stage = [f"{cfg.out}/stage{n}/last.pt" for n in range(4)]
     teacher = next((p for p in (stage[0], cfg.teacher) if os.path.isfile(p)), None)
     rows, w = {}, cfg.cfg_w
@@ -132,9 +132,6 @@ def sources(cfg):
     # the shipped student stands in only where nothing was trained: else its row would look like part of this run
     if not any(map(os.path.isfile, stage)) and os.path.isfile(cfg.student):
         rows["stage3"] = dict(path=cfg.student, part="student", steps=1, w=0.0)
-    for source in rows.values():
-        if isinstance(source, dict):
-            source["sha256"] = data.sha256(source["path"])
     return rows
 
 
@@ -464,6 +461,9 @@ def make(cfg, device):
             made["HR"] = [[(c["hr"], math.nan) for c in clips]]
         return clips, made, {}, {row: (ROWS | {"pred": "output"})[row] for row in made}, warnings
     rows, warnings = sources(cfg), []
+    for source in rows.values():
+        if isinstance(source, dict):
+            source["sha256"] = data.sha256(source["path"])
     for path in dict.fromkeys(source["path"] for source in rows.values() if isinstance(source, dict)):
         state = M.read_checkpoint(path)
         if state["step"] < state["total"]:
