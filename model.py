@@ -743,7 +743,7 @@ def fill(net, found, path, given=()):
     wrong = {"missing": wanted.keys() - found.keys(), "unexpected": found.keys() - wanted.keys(),
              "of another shape": {k for k in wanted.keys() & found.keys() if wanted[k].shape != found[k].shape}}
     if any(wrong.values()):
-        raise SystemExit(f"{path}: not the weights of this model; " + ", ".join(
+        raise SystemExit(f"{path}: not the weights of this model, but of another preset? " + ", ".join(
             f"{what}: {min(keys)} and {len(keys) - 1} more" for what, keys in wrong.items() if keys))
     net.load_state_dict(found, strict=False)
 

@@ -293,7 +293,7 @@ def test_a_checkpoint_gets_the_code_of_its_model(reference, tmp_path, monkeypatc
     infer.load(str(tmp_path / "student.pt"), "student", torch.device("cpu"), tile=40)
     assert tiles == [(1, 16, 16), (1, 4, 4)]                                    # latents, even, of 8 pixels
     torch.save(state | {"config": {"model": "tiny"}}, tmp_path / "student.pt")
-    with pytest.raises(SystemExit, match="'vae': not the weights"):
+    with pytest.raises(SystemExit, match="'vae': not the weights of this model, but of another preset"):
         M.load_checkpoint(str(tmp_path / "student.pt"))
 
 
