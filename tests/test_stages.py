@@ -96,6 +96,13 @@ def fork(chain, stage, tmp_path, upto, **changes):
     return cfg
 
 
+def uniform_numbers_are(value, monkeypatch):
+    """All that the loops draw from now on, and with it their times; noise is drawn as ever."""
+    draw = common.draw
+    monkeypatch.setattr(common, "draw", lambda sampler, shape, *rest: torch.full(shape, value) if sampler is torch.rand
+                        else draw(sampler, shape, *rest))
+
+
 def gradients_at(monkeypatch, stage, loss):
     """The gradients that reach this loss of the stage, pass by pass, from now on."""
     original, passed_on = getattr(stage, loss), []
@@ -253,10 +260,9 @@ def test_stage1_passes_on_its_constants(chain, tmp_path, monkeypatch):
     """The guidance weight, the space of the loss, the shift of its times, and rates that fall to 0 in each phase, and
     with more steps."""
     cfg = fork(chain, stage1, tmp_path, ["stage0"], pd_space="z", cfg_w=0.7, cfg_lr=1e-3, pd_lr=2e-3, shift=5.0)
-    weights, spaces, rates, shifts, draw = [], [], [], [], common.draw
+    weights, spaces, rates, shifts = [], [], [], []
     target, loss, step, times = stage1.cfg_target, stage1.pd_loss, common.clip_and_step, stage1.pd_times
-    monkeypatch.setattr(common, "draw", lambda sampler, shape, *rest: torch.full(shape, 0.5) if sampler is torch.rand
-                        else draw(sampler, shape, *rest))
+    uniform_numbers_are(0.5, monkeypatch)
     monkeypatch.setattr(stage1, "cfg_target", lambda v, z, t, w: (weights.append((w, *t.tolist())),
                                                                   target(v, z, t, w))[1])
     monkeypatch.setattr(stage1, "pd_times", lambda u, n, shift: (shifts.append(shift), times(u, n, shift))[1])
@@ -470,9 +476,8 @@ def test_stage2_passes_on_its_constants(chain, tmp_path, monkeypatch):
     cfg = fork(chain, stage2, tmp_path, ["stage0", "stage1"], steps=1, aux_warmup=0, aux_per_student=1, lr=1e-3,
                lr_fake=2e-3, lr_head=3e-3, clip_norm=0.5, ema=0.7, t_min=0.1, t_max=0.8, shift=5.0, dmd_half=False,
                fm_norm="l1", pooled=True, head_channels=8)
-    nets, seen, draw = spy_networks(monkeypatch), [], common.draw
-    monkeypatch.setattr(common, "draw", lambda sampler, shape, *rest: torch.full(shape, 0.5) if sampler is torch.rand
-                        else draw(sampler, shape, *rest))
+    nets, seen = spy_networks(monkeypatch), []
+    uniform_numbers_are(0.5, monkeypatch)
 
     def spy(where, name, keep):
         original = getattr(where, name)
