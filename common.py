@@ -65,7 +65,7 @@ def run(main, Config, presets):
 
 @contextlib.contextmanager
 def interruptible(advice):
-    """Ctrl-C inside is one line, and ends at once, a shell script around it as well."""
+    """Ctrl-C inside prints one line and ends the process at once, and a shell script around it."""
     try:
         yield
     except KeyboardInterrupt:
@@ -111,8 +111,8 @@ def setup():
 
 
 def device_named(name):
-    """The torch device of --device; "auto": a GPU if there is one. SystemExit if it is not available, and under
-    torchrun: only stages share their work."""
+    """The torch device of --device; "auto": a GPU if there is one. SystemExit if it is not available, or under
+    torchrun, which only the stages can use."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise SystemExit("several processes would do the same work: leave out torchrun, which is for stages")
     try:
@@ -133,8 +133,7 @@ def autocast(device):
 
 
 def memory():
-    """{"memory_gb": most of the GPU's that was allocated since this was last called}, what --dry-run estimates for a
-    step; {} on a CPU."""
+    """{"memory_gb": the peak of GPU memory since the last call}, to compare with --dry-run; {} on a CPU."""
     if not torch.cuda.is_available():
         return {}
     peak = torch.cuda.max_memory_allocated()
@@ -153,11 +152,11 @@ def keep_memory():
 
 
 def cleanup():
-    """Wait for rank 0, which still writes, and leave the process group: of several nodes torchrun ends one that has
-    waited five minutes for another.
+    """Wait for rank 0, which may still be writing, then leave the process group (with several nodes torchrun ends one
+    that has waited five minutes).
 
-    A thread of gloo that lets go of its last tensor only while Python shuts down aborts the process; nothing can be
-    waited for, so it gets half a second.
+    gloo aborts the process if one of its threads still holds a tensor when Python exits. There is nothing to wait for,
+    so it gets half a second.
     """
     barrier()
     if dist.is_initialized():
@@ -198,8 +197,13 @@ def draw(sampler, shape, part, parts, device):
     return sampler((parts * n, *shape[1:]), device=device)[part * n:(part + 1) * n].clone()      # frees the others
 
 
+def my_parts(rank, parts, world):
+    """[(part, last)] of the parts of a batch (see `draw`) that this process computes; last: its last one."""
+    return [(part, part + world >= parts) for part in range(rank, parts, world)]
+
+
 def accumulating(last, *networks):
-    """A context for one of several passes whose gradients add up: DDP averages over processes in the last alone."""
+    """A context for one of several passes whose gradients add up: DDP averages over processes only in the last."""
     stack = contextlib.ExitStack()
     for net in networks:
         if hasattr(net, "no_sync") and not last:
@@ -208,8 +212,8 @@ def accumulating(last, *networks):
 
 
 def parallel(net, world):
-    """net in DistributedDataParallel, if there are several processes."""
-    return DistributedDataParallel(net, gradient_as_bucket_view=True) if world > 1 else net
+    """net in DistributedDataParallel, if there are several processes. Buffers are constants, the same everywhere."""
+    return DistributedDataParallel(net, gradient_as_bucket_view=True, broadcast_buffers=False) if world > 1 else net
 
 
 def mean(value):
@@ -261,7 +265,7 @@ def put_state(path, state):
 
 
 def save(path, cfg, stage, step, total, /, **saved):
-    """Write {stage, config, step, total, samples, a state dict per part}."""
+    """Write {stage, config, step, total, samples, a state dict per part}; /: stage I has a part "cfg"."""
     state = {k: p.state_dict() if hasattr(p, "state_dict") else p for k, p in saved.items()}
     put_state(path, {"stage": stage, "config": asdict(cfg), "step": step, "total": total, "samples": samples(cfg),
                      **state})
@@ -324,7 +328,7 @@ def start_run(out_dir, cfg):
         step, before, seen = (state[k] for k in ("step", "config", "samples"))
     except Exception as error:
         raise SystemExit(f"{last}: cannot be read ({type(error).__name__}); remove it, or name another --out") from None
-    # may change; with other steps the decay of stage 0 moves
+    # these may change on --resume; with other steps the decay of stage 0 moves
     free = {"resume", "steps", "log_every", "save_every", "out", "data", "latents", "checkpointing", "compile",
             "batch", "accumulate"}
     if vars(cfg).get("order") == "sequential":                          # DMD's half would have another end
@@ -362,7 +366,7 @@ def digest(*parts):
 
 
 def code(*modules):
-    """A hash of what modules do, comments and docstrings left out: what other code made is made again."""
+    """A hash of what modules do, comments and docstrings left out: results of other code are made again."""
     return digest(*map(parsed, modules))[:16]
 
 
@@ -384,8 +388,8 @@ def commit():
 
 
 def log(out_dir, bar, step, **values):
-    """One JSON line in out_dir/log.jsonl and the same numbers behind the progress bar; on a GPU the most memory since
-    the line or the panel before, so that it is that of steps (the first line has what was done before them, too)."""
+    """One JSON line in out_dir/log.jsonl and the same numbers behind the progress bar; on a GPU also the peak memory
+    since the last line or panel, that of steps (but for the first line)."""
     values |= memory()
     values = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in values.items()}
     log_row(out_dir, "log.jsonl", step, **values)

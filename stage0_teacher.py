@@ -45,9 +45,12 @@ class Config:
     prompts: str = ""               # file of data.py prompts; "random": none (wan1.3b)
     resume: bool = False            # continue from the last checkpoint
     seed: int = 0                   # of weights, clips and noise
-    steps: int = 5_500              # optimiser steps
     batch: int = 8                  # crops per process and pass
-    accumulate: int = 1             # passes whose gradients make one step; the last one is logged
+    accumulate: int = 1             # passes whose gradients add up to one step; the last is logged
+    checkpointing: bool = False     # keep only the inputs of blocks, compute the rest twice: less memory
+    compile: bool = False           # torch.compile of the blocks: 1.25 times as fast on a CPU with g++, after 20 s
+    dry_run: bool = False           # print what a step costs, in passes, FLOPs and memory, and stop
+    steps: int = 5_500              # optimiser steps
     lr: float = 1e-3                # AdamW learning rate after warm-up [ours]
     warmup: int = 200               # steps from 0 to lr
     decay: float = 0.3              # last share of the steps, in which lr falls to 0
@@ -56,9 +59,6 @@ class Config:
     negative: float = 0.25          # share of clips with softened target and the negative prompt [SUPIR]
     lr_noise: float = 0.1           # z_lr <- (1 - a) z_lr + a n, a ~ U(0, lr_noise) [SeedVR: 0.25]
     shift: float = 1.0              # of the training times, uniform at 1 [SeedVR: 5 for large videos, logit-normal]
-    compile: bool = False           # torch.compile of the blocks: 1.25 times as fast on a CPU with g++, after 20 s
-    checkpointing: bool = False     # keep the inputs of blocks alone and compute the rest twice: less memory
-    dry_run: bool = False           # print what a step costs, in passes, FLOPs and memory, and stop
     log_every: int = 20             # steps between log lines
     save_every: int = 500           # steps between checkpoints and panels
 
@@ -133,10 +133,10 @@ def start_networks(cfg, bank, device):
 
 def check(cfg):
     """Every file that is needed is named, and none that would not be read."""
-    base = not M.MODELS[cfg.model]["learned"] and not cfg.init
-    wanted = [name for name in ("weights", "vae", "prompts") if base and not (name == "vae" and cfg.latents)]
+    from_wan = not M.MODELS[cfg.model]["learned"] and not cfg.init
+    wanted = [name for name in ("weights", "vae", "prompts") if from_wan and not (name == "vae" and cfg.latents)]
     if unread := [name for name in ("weights", "vae", "prompts") if vars(cfg)[name] and name not in wanted]:
-        why = "--init has it" if cfg.init else "--latents has it" if base else f"{cfg.model} starts from scratch"
+        why = "--init has it" if cfg.init else "--latents has it" if from_wan else f"{cfg.model} starts from scratch"
         raise SystemExit(f"--{', --'.join(unread)}: not read here ({why}); leave it out")
     if missing := [name for name in wanted if not vars(cfg)[name]]:
         raise SystemExit(f"{cfg.model} starts from Wan2.1: name --{', --'.join(missing)} (docs/wan.md)")
@@ -173,13 +173,13 @@ def main(cfg):
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(step, cfg)
         optimiser.zero_grad()
-        for part in range(rank, parts, world):                          # a part: see common.draw
+        for part, last in common.my_parts(rank, parts, world):          # this process's share of the batch
             common.reseed(cfg.seed, "stage 0", step)
             B = cfg.batch
 
             # 1) a batch: softened targets go with the negative prompt, some prompts are dropped, z_lr gets some noise
             u_negative, u_drop, u_soft, u_lr, u_t = common.draw(torch.rand, (B, 5), part, parts, device).T
-            text, soft = draw_prompts(u_negative, u_drop, cfg.negative, cfg.text_drop)     # data.soften: how
+            text, soft = draw_prompts(u_negative, u_drop, cfg.negative, cfg.text_drop)     # soft: by data.soften
             pair = bank.latents(vae, (step * parts + part) * B, B, device, soft, u_soft)
             z_0, z_lr = data.random_window(window, *pair)
             a = M.bcast(cfg.lr_noise * u_lr, z_lr)
@@ -188,10 +188,11 @@ def main(cfg):
             # 2) one flow-matching step
             t = M.time_shift(u_t, cfg.shift)
             eps = common.draw(torch.randn, z_0.shape, part, parts, device)
-            with common.accumulating(part + world >= parts, ddp):
+            with common.accumulating(last, ddp):
                 with autocast:
                     losses = flow_loss(ddp, z_0, z_lr, text, t, eps)
-                    guess = ~soft * guess_loss(net, z_0, z_lr)          # 0 for softened targets: g sees no prompt
+                    # the guess sees no prompt, so it learns sharp targets alone. Not through ddp: its gradient adds up
+                    guess = ~soft * guess_loss(net, z_0, z_lr)
                 ((losses + guess).mean() / cfg.accumulate).backward()
         norm = common.clip_and_step(optimiser, net, 1.0)
         common.ema_update(ema, net, min(cfg.ema, (step + 1) / (step + 10)))
@@ -199,20 +200,20 @@ def main(cfg):
         # 3) log, panel, save
         done = step + 1
         if done % cfg.log_every == 0 or done == cfg.steps:
-            seen = {"loss": losses} | ({"guess": guess} if net.predictor is not None else {})
-            seen = {name: common.mean(x.mean()) for name, x in seen.items()}
+            values = {"loss": common.mean(losses.mean())}
+            if net.predictor is not None:
+                values["guess"] = common.mean(guess.sum()) / max(common.mean((~soft).sum()), 1e-9)
             if rank == 0:
-                common.log(out_dir, bar, done, **seen, grad_norm=norm.item(), lr=learning_rate(step, cfg))
+                common.log(out_dir, bar, done, **values, grad_norm=norm.item(), lr=learning_rate(step, cfg))
         if rank == 0 and (done % cfg.save_every == 0 or done == cfg.steps):
             common.save(f"{out_dir}/last.pt", cfg, "stage0", done, cfg.steps, **saved)
             z_0, z_lr, eps = data.panel_batch(bank, vae, window, cfg.seed, device)
             with torch.no_grad(), autocast:
-                few, many = (M.sample(ema, eps, z_lr, steps, cfg.shift) for steps in (1, 8))
-                guided = M.sample(ema, eps, z_lr, 8, cfg.shift, w=0.5)
-                first = {} if ema.predictor is None else {"first guess": vae.decode(ema.predictor(z_lr).float())}
-            common.panel(f"{out_dir}/panel.png", {
-                "LR": vae.decode(z_lr), **first, "1 step": vae.decode(few), "8 steps": vae.decode(many),
-                "8 steps, w = 0.5": vae.decode(guided), "HR, coded": vae.decode(z_0)}, verdicts(out_dir))
+                shown = {} if ema.predictor is None else {"first guess": ema.predictor(z_lr).float()}
+                for title, steps, w in (("1 step", 1, 0), ("8 steps", 8, 0), ("8 steps, w = 0.5", 8, 0.5)):
+                    shown[title] = M.sample(ema, eps, z_lr, steps, cfg.shift, w)
+            columns = {title: vae.decode(z) for title, z in {"LR": z_lr, **shown, "HR, coded": z_0}.items()}
+            common.panel(f"{out_dir}/panel.png", columns, verdicts(out_dir))
     common.cleanup()
 
 

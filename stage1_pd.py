@@ -1,4 +1,4 @@
-"""Stage I: from the multi-step teacher to a one-step student that training can start from.
+"""Stage I: from the multi-step teacher to the one-step student that stage II starts from.
 
 First CFG distillation: the guided velocity that took two passes is learnt in one. Then progressive distillation: a
 student learns to do in one step what its teacher does in two, becomes the teacher, and so on from 64 steps to 1.
@@ -10,16 +10,17 @@ Reads   out/<preset>/stage0/last.pt (ema), or weights/tiny_teacher.pt if there i
 Writes  out/<preset>/stage1/last.pt: cfg (guided multi-step model, the real score of stage II), student (one step),
         vae, and what --resume needs; log.jsonl, panel.png, loss.png.
 
-Differs from the paper: (1) the loss compares velocities; end points (pd_space = "z", the paper's) weigh each step by
-its squared length, at shift 1 all alike, at shift 5 the longest of 32 steps 470 times as much as the shortest;
-(2) guidance is (1 + w) v(c) - w v(neg): the factor w on the second term is missing in a public summary of the paper,
-and without it c = neg would not give v(neg); (3) neg is the low-quality prompt (AGAINST in model.py), not no text: the
+Differs from the paper: (1) the loss compares velocities. Comparing end points (pd_space = "z", the paper's) weighs a
+step by its squared length: nothing changes at shift 1, but at shift 5 the longest of 32 steps counts 470 times as much
+as the shortest; (2) guidance is (1 + w) v(c) - w v(neg). A public summary of the paper lacks the second w, without
+which c = neg would not give v(neg); (3) neg is the low-quality prompt (AGAINST in model.py), not no text: the
 tiny teacher hardly tells none from the good one.
 """
 from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 import common
@@ -37,12 +38,12 @@ class Config:
     out: str = "out/tiny"           # folder of the run; this stage writes <out>/stage1
     data: str = "samples/train"     # folder of videos and photographs
     clips: int = 96                 # degraded clips kept on disk, from which crops are cut
+    latents: str = ""               # file of data.py prepare --latents, used instead of data; "": none
     resume: bool = False            # continue from the last checkpoint
     seed: int = 0                   # of clips and noise
     batch: int = 4                  # crops per process and pass
-    accumulate: int = 1             # passes whose gradients make one step; the last one is logged
-    latents: str = ""               # file of data.py prepare --latents, used instead of data; "": none
-    checkpointing: bool = False     # keep the inputs of blocks alone and compute the rest twice: less memory
+    accumulate: int = 1             # passes whose gradients add up to one step; the last is logged
+    checkpointing: bool = False     # keep only the inputs of blocks, compute the rest twice: less memory
     dry_run: bool = False           # print what a step costs, in passes, FLOPs and memory, and stop
     cfg_w: float = 0.5              # guidance weight, the usual scale is 1 + w; w = 1 adds grain [ours]
     cfg_steps: int = 60             # steps of CFG distillation [not in the paper's summary]
@@ -129,16 +130,16 @@ def main(cfg):
         common.start_run(out_dir, cfg)
     autocast = common.autocast(device)
 
-    # teacher: whom the student imitates now; student: trained; cfg_net: the student as CFG distillation left it
+    # teacher: what the student imitates in this phase; guided: the student as CFG distillation left it (file: "cfg")
     source = M.teacher_file(cfg)
     teacher, vae, _ = M.load_checkpoint(source, "ema", device, cfg.model, finished=True)
     bank = data.training_bank(cfg, rank, cfg.latents)
     window = data.crop_shape(cfg.model)[0]                              # latent frames
     student = deepcopy(teacher).requires_grad_(True)
     student.checkpointing = cfg.checkpointing
-    cfg_net = deepcopy(teacher)
+    guided = deepcopy(teacher)
     optimiser = torch.optim.AdamW(student.parameters(), lr=cfg.cfg_lr, weight_decay=0)
-    saved = dict(student=student, cfg=cfg_net, teacher=teacher, vae=vae, optimiser=optimiser,
+    saved = dict(student=student, cfg=guided, teacher=teacher, vae=vae, optimiser=optimiser,
                  source=common.contents(source))
     start = common.continue_from(f"{out_dir}/last.pt", cfg, saved)
     ddp, parts = common.parallel(student, world), world * cfg.accumulate
@@ -147,69 +148,71 @@ def main(cfg):
     total = cfg.cfg_steps + phases * cfg.steps_per_phase
     bar = tqdm(range(start, total), "stage I", initial=start, total=total, disable=rank > 0, dynamic_ncols=True)
     for step in bar:
-        phase, k = divmod(step - cfg.cfg_steps, cfg.steps_per_phase)    # < 0: CFG distillation; k: step of the phase
-
-        # 1) a phase of progressive distillation begins: the student is the new teacher, the optimiser forgets
-        if phase >= 0 and k == 0:
-            teacher.load_state_dict(student.state_dict())
-            if phase == 0:
-                cfg_net.load_state_dict(student.state_dict())
-            optimiser.state.clear()
-        if phase < 0:
+        # 1) first CFG distillation, then the phases of progressive distillation (PD); where one of these begins, the
+        #    student is the new teacher, and the optimiser forgets
+        in_cfg = step < cfg.cfg_steps
+        if in_cfg:
             n, lr = 0, cfg.cfg_lr * (1 - step / cfg.cfg_steps)
-        else:               # the more steps, the less there is to learn, and the less Adam's noise may move the student
+        else:
+            phase, k = divmod(step - cfg.cfg_steps, cfg.steps_per_phase)        # k: step of the phase
+            if k == 0:
+                teacher.load_state_dict(student.state_dict())
+                if phase == 0:
+                    guided.load_state_dict(student.state_dict())
+                optimiser.state.clear()
             n = cfg.pd_grid[phase + 1]                                  # steps of this phase's student
+            # the more steps, the less there is to learn, and the less Adam's noise may move the student
             lr = cfg.pd_lr / n ** 0.5 * (1 - k / cfg.steps_per_phase)
         for group in optimiser.param_groups:
             group["lr"] = lr
 
         # 2) one step towards the teacher: its guided velocity, or two of its steps in one
         optimiser.zero_grad()
-        for part in range(rank, parts, world):                          # a part: see common.draw
+        for part, last in common.my_parts(rank, parts, world):          # this process's share of the batch
             common.reseed(cfg.seed, "stage 1", step)
             pair = bank.latents(vae, (step * parts + part) * cfg.batch, cfg.batch, device)
             z_0, z_lr = data.random_window(window, *pair)
             u = common.draw(torch.rand, (cfg.batch,), part, parts, device)
             eps = common.draw(torch.randn, z_0.shape, part, parts, device)
 
-            def velocity(z, t, which=M.POSITIVE, z_lr=z_lr):
+            def velocity(z, t, which=M.POSITIVE, z_lr=z_lr):            # z_lr=z_lr: that of this part
                 with autocast:
                     return teacher(z, t, z_lr, M.prompt(z, which)).float()
 
             with torch.no_grad():       # v_start: the teacher's own v at z_t, that of a student that has learnt nothing
-                if phase < 0:
-                    t = t_end = M.time_shift(u, cfg.shift)              # t_end is not used
+                if in_cfg:
+                    t = M.time_shift(u, cfg.shift)
                     z_t = M.add_noise(z_0, eps, t)
                     target, v_start = cfg_target(velocity, z_t, t, cfg.cfg_w)
                 else:
                     t, t_mid, t_end = pd_times(u, n, cfg.shift)
                     z_t = M.add_noise(z_0, eps, t)                      # at n = 1 this is eps: HR plays no part
                     target, v_start = pd_target(velocity, z_t, t, t_mid, t_end)
-            with common.accumulating(part + world >= parts, ddp):
+            with common.accumulating(last, ddp):
                 with autocast:
                     v = ddp(z_t, t, z_lr, M.prompt(z_t)).float()
-                loss = pd_loss(v, target, t, t_end, cfg.pd_space if phase >= 0 else "v")
+                loss = F.mse_loss(v, target) if in_cfg else pd_loss(v, target, t, t_end, cfg.pd_space)
                 (loss / cfg.accumulate).backward()
         norm = common.clip_and_step(optimiser, student, 1.0)
 
         # 3) log, save, panel
         done = step + 1
-        ends = done == cfg.cfg_steps or (phase >= 0 and k + 1 == cfg.steps_per_phase)
+        ends = done == cfg.cfg_steps if in_cfg else k + 1 == cfg.steps_per_phase
         if done % cfg.log_every == 0 or ends:
             values = dict(loss=common.mean(loss), ratio=common.mean(ratio(v.detach(), target, v_start)))
-            if phase < 0:                                               # how far v_cfg is from v_c at all
+            if in_cfg:                                                  # how far v_cfg is from v_c at all
                 values["guidance"] = common.mean((target - v_start).square().mean() / v_start.square().mean())
             if rank == 0:
                 common.log(out_dir, bar, done, **values, student_steps=n, grad_norm=norm.item())
         if rank == 0 and (done % cfg.save_every == 0 or ends):
             common.save(f"{out_dir}/last.pt", cfg, "stage1", done, total, **saved)
-        if rank == 0 and ends and (phase < 0 or n <= 8):                # longer grids cost more than they tell
+        if rank == 0 and ends and (in_cfg or n <= 8):                   # longer grids cost more than they tell
             z_0, z_lr, eps = data.panel_batch(bank, vae, window, cfg.seed, device)
-            many, few = (2 * n, n) if phase >= 0 else (8, 8)            # the teacher's steps, the student's
+            many, few = (8, 8) if in_cfg else (2 * n, n)                # the teacher's steps, the student's
             with torch.no_grad(), autocast:
                 before = M.sample(teacher, eps, z_lr, many, cfg.shift)
                 after = M.sample(student, eps, z_lr, few, cfg.shift)
-            names = ("teacher", "CFG-distilled") if phase < 0 else (f"teacher, {many} steps", f"student, {few}")
+            names = ("teacher", "CFG-distilled") if in_cfg else (f"teacher, {many} steps", f"student, {few}")
             common.panel(f"{out_dir}/panel.png", {"LR": vae.decode(z_lr), names[0]: vae.decode(before),
                          names[1]: vae.decode(after), "HR, coded": vae.decode(z_0)}, verdicts(out_dir, done))
     common.cleanup()
@@ -227,7 +230,7 @@ def passes(cfg):
 
 def ratio(prediction, target, start):
     """||prediction - target||^2 / ||start - target||^2: 1 when nothing is learnt yet, good under 0.3."""
-    return ((prediction - target).square().mean() / (start - target).square().mean().clamp_min(1e-12)).item()
+    return (prediction - target).square().mean() / (start - target).square().mean().clamp_min(1e-12)
 
 
 def verdicts(out_dir, step):

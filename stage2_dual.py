@@ -7,20 +7,23 @@ Why both (the paper's reasons; README has what we found): DMD alone can be no be
 the real score was never trained on a student's outputs, and its clean estimates of these drift off HR. The GAN sees
 real video, but alone it is unstable. Both streams see noised samples, where the two distributions overlap.
 
-    gradient of     student     fake        head        real        (-: takes no part)
+    gradient of     student     fake        head        real
     L_Diff          no_grad     trains      -           -
     L_D             no_grad     detached    trains      no_grad
     L_DMD           trains      detached    -           detached
     L_G             trains      passes on   passes on   passes on
     L_FM            trains      passes on   -           passes on
 
-In the student's update one forward of each score model at z_t^S serves L_DMD, L_G and L_FM (which takes another, of
-HR): its velocity is detached, its features are not.
+    -: takes no part.   no_grad: no graph is built.   detached: what it computes is a constant.
+    passes on: carries gradient back to the student; its own weights take none.
+
+In the student's update L_DMD, L_G and L_FM share one forward of each score model at z_t^S: its velocity is detached,
+its features are not. L_FM alone needs another forward, of HR.
 
     python stage2_dual.py                                       # tiny, on a CPU
     torchrun --nproc_per_node=8 stage2_dual.py --preset small
 
-Reads   out/<preset>/stage1/last.pt: cfg (real score, and where the fake score starts), student; stage I's own source if
+Reads   out/<preset>/stage1/last.pt: cfg (real score, and where the fake score starts), student; stage I's teacher if
         real_score = "teacher".
 Writes  out/<preset>/stage2/last.pt: student (averaged weights, read by stage III), net (its raw weights), fake, head,
         vae, and what --resume needs; log.jsonl, offsets.jsonl, panel.png, loss.png.
@@ -29,7 +32,7 @@ Differs from the paper: (1) L_DMD carries the factor 1/2 of DMD2, so that its gr
 itself (dmd_half = False drops it); (2) before the first update of the student the fake score and the head get
 aux_warmup of their own; (3) a sample whose mean |g| exceeds 10 is left out of L_DMD; (4) stage III reads averaged
 weights. Left open there and settled here: the real score is the CFG-distilled model, one pass for a guided prediction;
-logits are per patch; all else that is marked [ours] or with its source.
+logits are per patch; and all else below that is marked [ours] or with a source.
 Only for comparison (ablate.py): regression in place of the streams, and a student that has not been through stage I.
 
 Names: z_0 is the student's output here, z_hr the latent of HR (z_0 in stages 0 and I); eps_in the noise the student
@@ -62,12 +65,12 @@ class Config:
     out: str = "out/tiny"           # folder of the run; this stage writes <out>/stage2
     data: str = "samples/train"     # folder of videos and photographs
     clips: int = 96                 # degraded clips kept on disk, from which crops are cut
+    latents: str = ""               # file of data.py prepare --latents, used instead of data; "": none
     resume: bool = False            # continue from the last checkpoint
     seed: int = 0                   # of weights, clips and noise
     batch: int = 4                  # crops per process and pass
-    accumulate: int = 1             # passes whose gradients make one update; the last one is logged
-    latents: str = ""               # file of data.py prepare --latents, used instead of data; "": none
-    checkpointing: bool = False     # keep the inputs of blocks alone and compute the rest twice: less memory
+    accumulate: int = 1             # passes whose gradients add up to one update; the last is logged
+    checkpointing: bool = False     # keep only the inputs of blocks, compute the rest twice: less memory
     dry_run: bool = False           # print what an iteration costs, in passes, FLOPs and memory, and stop
     streams: tuple = ("dmd", "gan")  # what teaches the student: dmd, gan [paper: both]; mse: z_0 against HR [DOVE]
     order: str = "joint"            # "joint", or "sequential": DMD in the first half, GAN in the second [paper: joint]
@@ -193,8 +196,9 @@ def main(cfg):
     autocast = common.autocast(device)
 
     # real: frozen score model; fake: trained score model, a multi-step model like real, from which it starts;
-    # head: discriminator head on the features of both; average: of the student's weights, for use and never fed back
-    source, which = f"{cfg.out}/stage1/last.pt", "student" if cfg.init == "stage1" else "cfg"
+    # head: discriminator head on the features of both; ema: average of the student's weights, for use, never fed back
+    source = f"{cfg.out}/stage1/last.pt"
+    which = "student" if cfg.init == "stage1" else "cfg"
     student, vae, _ = M.load_checkpoint(source, which, device, cfg.model, finished=True)
     fake, _, _ = M.load_checkpoint(source, "cfg", device, cfg.model, finished=True)
     real = deepcopy(fake)
@@ -206,8 +210,8 @@ def main(cfg):
     bank = data.training_bank(cfg, rank, cfg.latents)
     window, H, W = data.crop_shape(cfg.model)
     if common.precision(device) == torch.bfloat16:
-        M.to_bf16(real)
-    average = deepcopy(student)
+        M.to_bf16(real)                                                 # frozen: nothing needs its fp32 weights
+    ema = deepcopy(student)
     for net in (student, fake, real):
         net.checkpointing = cfg.checkpointing
     taps = M.tap_blocks(len(real.blocks))
@@ -222,8 +226,8 @@ def main(cfg):
     opt_fake = torch.optim.AdamW(fake.parameters(), lr=cfg.lr_fake, betas=(0.0, 0.999), weight_decay=0)
     opt_head = torch.optim.AdamW(head.parameters(), lr=cfg.lr_head, betas=(0.9, 0.999), weight_decay=0)
 
-    # what others read as "student" is the average; --resume goes on from "net"
-    saved = dict(student=average, net=student, fake=fake, head=head, vae=vae,
+    # in the file "student" is the average, which stage III and infer.py read, "net" what --resume goes on from
+    saved = dict(student=ema, net=student, fake=fake, head=head, vae=vae,
                  opt_student=opt_student, opt_fake=opt_fake, opt_head=opt_head, source=common.contents(source))
     # the steps before 0 are the warm-up: auxiliary updates alone, until fake score and head know the student
     warmup = cfg.aux_warmup if uses_scores(cfg) else 0
@@ -231,21 +235,23 @@ def main(cfg):
     student_ddp, fake_ddp, head_ddp = (common.parallel(net, world) for net in (student, fake, head))
     parts = world * cfg.accumulate
 
-    backbones = {"both": (real, fake), "real": (real,), "fake": (fake,)}[cfg.features]
+    reads_real, reads_fake = cfg.features != "fake", cfg.features != "real"         # whose features the head reads
+    backbones = [real] * reads_real + [fake] * reads_fake
 
     def next_batch(step, k, part):
-        """One part of the batch of a step's update k: latents of HR and LR, and the noise the student starts from."""
+        """One part of the batch of a step's update k: latents of HR and LR, and the noise the student starts from.
+        The auxiliary updates are k = 0, 1, ..., the student's is k = aux_per_student."""
         common.reseed(cfg.seed, "stage 2", step, k)
-        # updates so far, each with clips of its own: one a step of the warm-up, then aux_per_student + 1 a step
-        update = cfg.aux_warmup + step if step < 0 else cfg.aux_warmup + step * (cfg.aux_per_student + 1) + k
+        per_step = 1 if step < 0 else cfg.aux_per_student + 1
+        update = cfg.aux_warmup + step * per_step + k                   # updates so far: each has clips of its own
         pair = bank.latents(vae, (update * parts + part) * cfg.batch, cfg.batch, device)
         z_hr, z_lr = data.random_window(window, *pair)
         return z_hr, z_lr, common.draw(torch.randn, z_lr.shape, part, parts, device)
 
     def time_and_noise(z, part):
-        """Score times, one per clip, and the noise that is added there, the same for all losses of one update (but for
-        L_D's HR without gan_same_noise), so that student and HR differ by content alone. Fresh noise, not eps_in: the
-        score models have only learnt noise that is independent of z_0."""
+        """Score times, one per clip, and the noise that is added there. All losses of one update share them, so that
+        student and HR differ by content alone (without gan_same_noise L_D draws anew for HR). Not eps_in: the score
+        models know only noise that is independent of z_0."""
         u = common.draw(torch.rand, (len(z),), part, parts, device)
         return (score_times(u, cfg.t_min, cfg.t_max, cfg.shift),
                 common.draw(torch.randn, z.shape, part, parts, device))
@@ -269,18 +275,19 @@ def main(cfg):
         active = set(cfg.streams)
         if cfg.order == "sequential":
             active = {"dmd"} if step < cfg.steps // 2 else {"gan"}
-        gan, values = "gan" in active, {}
+        gan = "gan" in active
+        values = {}
 
         # 1) auxiliary updates: the fake score follows the student (L_Diff), the head tells it from HR (L_D)
-        updates = 1 if step < 0 else cfg.aux_per_student
-        for k in range(updates if uses_scores(cfg) else 0):
-            for part in range(rank, parts, world):                      # a part: see common.draw
+        updates = 0 if not uses_scores(cfg) else 1 if step < 0 else cfg.aux_per_student
+        for k in range(updates):
+            for part, last in common.my_parts(rank, parts, world):      # this process's share of the batch
                 z_hr, z_lr, eps_in = next_batch(step, k, part)
                 with torch.no_grad(), autocast:                         # neither L_Diff nor L_D trains the student
                     z_0 = M.one_step(student, eps_in, z_lr)
                 t, eps = time_and_noise(z_0, part)
                 z_t = M.add_noise(z_0, eps, t)
-                with common.accumulating(part + world >= parts, fake_ddp, head_ddp):
+                with common.accumulating(last, fake_ddp, head_ddp):
                     v_fake, f_fake = score(fake_ddp, z_t, t, z_lr)      # one forward for L_Diff and for L_D
                     loss_diff = F.mse_loss(v_fake, eps - z_0)
                     loss_d = torch.zeros((), device=device)
@@ -288,18 +295,20 @@ def main(cfg):
                         t_hr, eps_hr = (t, eps) if cfg.gan_same_noise else time_and_noise(z_hr, part)
                         f_hr = features_of_hr(M.add_noise(z_hr, eps_hr, t_hr), t_hr, z_lr)
                         with torch.no_grad():
-                            f_real = score(real, z_t, t, z_lr)[1] if real in backbones else []
-                        f_fake = [f.detach() for f in f_fake] if fake in backbones else []  # L_D trains head, not fake
-                        with autocast:                                  # HR, then the student
-                            logits = head_ddp([torch.cat(pair) for pair in zip(f_hr, f_real + f_fake, strict=True)])
-                        loss_d = hinge_d(*logits.float().chunk(2))
+                            f_s = score(real, z_t, t, z_lr)[1] if reads_real else []
+                        if reads_fake:
+                            f_s = f_s + [f.detach() for f in f_fake]    # L_D trains the head, not the fake score
+                        with autocast:                                  # HR and the student's sample as one batch
+                            logits = head_ddp([torch.cat(pair) for pair in zip(f_hr, f_s, strict=True)])
+                        logits_hr, logits_s = logits.float().chunk(2)
+                        loss_d = hinge_d(logits_hr, logits_s)
                     ((loss_diff + loss_d) / cfg.accumulate).backward()  # different weights: one backward does both
             values = dict(diff=loss_diff, grad_norm_fake=common.clip_and_step(opt_fake, fake, cfg.clip_norm))
             if head_trains:
                 common.clip_and_step(opt_head, head, cfg.clip_norm)
                 values["d"] = loss_d
             for optimiser in (opt_fake, opt_head):
-                optimiser.zero_grad()                                   # frees memory, but for DDP's buckets
+                optimiser.zero_grad()                                   # frees the gradients, but for DDP's buckets
         if step < 0:
             warm.append(loss_d.item())
             bar.set_postfix_str(f"warm-up: diff {loss_diff.item():.3g} d {warm[-1]:.3g}")
@@ -318,9 +327,9 @@ def main(cfg):
         opt_student.zero_grad()
         done = step + 1
         logs = done % cfg.log_every == 0 or done == cfg.steps
-        for part in range(rank, parts, world):
+        for part, last in common.my_parts(rank, parts, world):
             z_hr, z_lr, eps_in = next_batch(step, cfg.aux_per_student, part)
-            with common.accumulating(part + world >= parts, student_ddp):
+            with common.accumulating(last, student_ddp):
                 with autocast:
                     z_0 = M.one_step(student_ddp, eps_in, z_lr)
                 losses = {}                                             # already weighted, and so logged
@@ -329,11 +338,11 @@ def main(cfg):
                 if uses_scores(cfg):
                     t, eps = time_and_noise(z_0, part)
                     z_t = M.add_noise(z_0, eps, t)
-                    with torch.set_grad_enabled(gan and real in backbones):     # a graph where the GAN reads features
+                    with torch.set_grad_enabled(gan and reads_real):    # a graph where the GAN reads the features
                         v_real, f_real = score(real, z_t, t, z_lr)
-                    with torch.set_grad_enabled(gan and fake in backbones):
+                    with torch.set_grad_enabled(gan and reads_fake):
                         v_fake, f_fake = score(fake, z_t, t, z_lr)
-                    with torch.no_grad():                               # the KL gradient does not go through scores
+                    with torch.no_grad():                               # in the KL gradient both scores are constants
                         if cfg.real_score == "teacher":
                             with autocast:
                                 v_neg = real(z_t, t, z_lr, M.prompt(z_t, M.AGAINST)).float()
@@ -343,16 +352,16 @@ def main(cfg):
                 if "dmd" in active:
                     losses["dmd"] = cfg.w_dmd * dmd_loss(z_0, g, keep, cfg.dmd_half)
                 if gan:
-                    f_s = (f_real if real in backbones else []) + (f_fake if fake in backbones else [])
+                    f_s = (f_real if reads_real else []) + (f_fake if reads_fake else [])
                     f_hr = features_of_hr(M.add_noise(z_hr, eps, t), t, z_lr)
                     with autocast:
                         losses["gan"] = cfg.w_gan * hinge_g(head(f_s).float())
                     losses["fm"] = cfg.w_fm * fm_loss(f_s, f_hr, cfg.fm_norm)
-                if logs and part + world >= parts:                      # logged: the last part
+                if logs and last:
                     pull = loss_gradients(losses, z_0)
                 (sum(losses.values()) / cfg.accumulate).backward()
         norm = common.clip_and_step(opt_student, student, cfg.clip_norm)
-        common.ema_update(average, student, cfg.ema)
+        common.ema_update(ema, student, cfg.ema)
         for net in (fake, head):
             net.requires_grad_(True)
 
@@ -376,7 +385,7 @@ def main(cfg):
             z_hr, z_lr, eps_in = data.panel_batch(bank, vae, window, cfg.seed, device)
             with torch.no_grad():
                 with autocast:
-                    z_0 = M.one_step(average, eps_in, z_lr)
+                    z_0 = M.one_step(ema, eps_in, z_lr)
                 t = torch.full((len(z_0),), 0.5, device=device)
                 z_t = M.add_noise(z_0, torch.randn_like(z_0), t)
                 # of a guided teacher (real_score) panel and offsets show its pass under the prompt alone
@@ -398,14 +407,17 @@ def main(cfg):
 def passes(cfg):
     """DiT passes of an iteration, aux_per_student auxiliary updates and one of the student, for cost.py:
     {network: how it is kept and (forward alone, input gradient, full)}. With both streams 30 forwards' worth."""
-    s, gan = int(uses_scores(cfg)), "gan" in cfg.streams
-    n = s * cfg.aux_per_student
-    r, f = (int(gan and cfg.features in ("both", name)) for name in ("real", "fake"))    # whose features are read
-    # an auxiliary update: student alone; fake in full, and on HR; real on both. The student's: student in full, fake
-    # and real with input gradient, and on HR. Without features there is no pass on HR and no input gradient
-    counts = {"student": ("trained", n, 0, 1), "average": ("average", 0, 0, 0),
-              "fake": ("trained", f * (n + 1) + (s - f), f, n),
-              "real": ("frozen bf16", r * (2 * n + 1) + (s - r) + s * (cfg.real_score == "teacher"), r, 0)}
+    scores, gan = int(uses_scores(cfg)), "gan" in cfg.streams
+    aux, guided = scores * cfg.aux_per_student, scores * (cfg.real_score == "teacher")
+    real, fake = (int(gan and cfg.features in ("both", name)) for name in ("real", "fake"))     # are its features read?
+    counts = {
+        "student": ("trained", aux, 0, 1),      # forward alone in auxiliary updates, in full in its own
+        "ema": ("average", 0, 0, 0),
+        # in full in auxiliary updates. In the student's: forward, with input gradient if its features are read; they
+        # are read of HR in every update
+        "fake": ("trained", fake * (aux + 1) + (scores - fake), fake, aux),
+        # the same, but in auxiliary updates forward alone, if its features are read
+        "real": ("frozen bf16", real * (2 * aux + 1) + (scores - real) + guided, real, 0)}
     return {name: (kept, *(cfg.accumulate * k for k in numbers)) for name, (kept, *numbers) in counts.items()}
 
 
