@@ -2,15 +2,17 @@
 The training clips: what a stage sees, and how it is kept on disk.
 
 What is here, top to bottom:
-  tensors          bytes to what networks see and back; LR enlarged
-  clips            Clips: windows of shots, and camera moves over photographs, each with its LR (degradation.py)
-  the bank         Bank: clips degraded once and kept on disk, from which training batches are cut; LatentBank: the
-                   same, encoded as well
+  CLIPS                    the sizes of clips and crops, by model
+  tensors                  bytes to what networks see and back; LR enlarged
+  training clips           Clips: windows of shots, and camera moves over photographs, with LR of degradation.py;
+                           Bank: such clips made once and kept on disk, from which training batches are cut
+  what the stages use      training_bank, random_window, soften
+  cached latents           LatentBank: clips degraded and encoded once
   python data.py prepare --film bbb.mp4 --stills DIR --out DIR   cuts the listed shots and photographs
   python data.py prepare --latents FILE --data DIR --model wan1.3b --vae DIR   degrades and encodes clips once
   python data.py prompts --encoder google/umt5-xxl --out prompts.safetensors   prompts of the real base, as tensors
 
-What a clip or a crop is follows from (seed, epoch, index) alone, never from a worker, a rank, or the order of calls;
+A clip or a crop depends on (seed, epoch, index) alone, not on a worker, a rank, or the order of calls;
 which latent frames of a batch are used (random_window) from torch's seed, which is set at every step.
 Shapes: F frames, H x W pixels of HR, h = H/4 and w = W/4 of LR. On disk the colour axis is last, (F, H, W, 3) uint8
 (media.py reads and writes it); networks see (B, 3, F, H, W) float32 in [-1, 1].
@@ -41,16 +43,23 @@ import media
 import model as M
 from degradation import SCALE
 
+CLIPS = {       # by model. size: px of a stored clip; crop: px of a training crop; window: latent frames trained on
+    "tiny":    dict(frames=21, size=192, crop=96, window=5, strength="light"),
+    "small":   dict(frames=21, size=256, crop=128, window=5, strength="light"),
+    "wan1.3b": dict(frames=21, size=640, crop=640, window=6, strength="realbasicvsr"),
+}
+SOFT = 0.7, 0.8     # px: targets of the negative prompt are blurred by 0.7 + 0.8 u, u ~ U(0, 1) [ours]
+
 # ---------------------------------------------------------------------------------------------- tensors
 
 
 def to_tensor(frames, device="cpu"):
     """uint8 (F, H, W, 3), or several such, (B, F, H, W, 3) -> float32 (3, F, H, W), or (B, ...), in [-1, 1]."""
-    return torch.from_numpy(np.array(frames)).to(device).movedim(-1, -4).float().div(127.5).sub(1)     # bytes are moved
+    return torch.from_numpy(np.array(frames)).to(device).movedim(-1, -4).float().div(127.5).sub(1)     # moved as bytes
 
 
 def to_uint8(video):
-    """float (3, F, H, W), or (1, 3, F, H, W), in [-1, 1] -> uint8 (F, H, W, 3), clamped and rounded (not cut off)."""
+    """float (3, F, H, W), or (1, 3, F, H, W), in [-1, 1] -> uint8 (F, H, W, 3), clamped and rounded (not truncated)."""
     if video.dim() == 5:
         video = video.squeeze(0)
     video = (video.detach().float() + 1).mul_(127.5).clamp_(0, 255).round_().byte()
@@ -100,7 +109,7 @@ def random_motion(rng, frames, speed):
     way = rng.uniform(0, 2 * np.pi)
     shift = t[:, None] * rng.uniform(0, speed) * np.array([np.cos(way), np.sin(way)])
     shift = shift + (t ** 2 / frames)[:, None] * rng.uniform(-0.5, 0.5, 2)            # it speeds up or slows down
-    shift = shift + rng.normal(0, 0.3, (frames, 2)) * (rng.random() < 0.3)            # a hand that is not steady
+    shift = shift + rng.normal(0, 0.3, (frames, 2)) * (rng.random() < 0.3)            # a shaky hand
     zoom = t * rng.normal(0, 0.004)
     return shift, zoom - zoom.min(), rng.normal(0, 0.05) + t * rng.normal(0, 0.006)
 
@@ -112,7 +121,7 @@ def turn(xy, angle, zoom):
 
 
 def photo_clip(photos, rng, frames, size):
-    """uint8 (F, size, size, 3): a camera move over photos[0], before it one or two pieces that move otherwise.
+    """uint8 (F, size, size, 3): a camera move over photos[0]; in front of it one or two pieces that move differently.
 
     Without the pieces everything would move together, nothing would ever be hidden or come into view, and the
     network would learn that. Drawn at twice the size and averaged 2 x 2.
@@ -158,8 +167,8 @@ def photo_clip(photos, rng, frames, size):
 class Clips:
     """The training set of a folder; item `index` of `epoch` is a function of (seed, epoch, index) alone.
 
-    With videos and photographs 60 % of the clips come from videos (any window of any shot alike), 40 % are camera
-    moves over photographs. Before a clip is made `survey` must be called; it decodes every file.
+    With videos and photographs 60 % of the clips come from videos (every window of every shot equally likely), 40 %
+    are camera moves over photographs. Before a clip is made `survey` must be called; it decodes every file.
     """
 
     def __init__(self, folder, frames, size, strength, seed=0):
@@ -241,6 +250,11 @@ def shuffled(seed, n, epoch):
     return np.random.default_rng([seed, epoch]).permutation(n)
 
 
+def stream(seed, n, first, count):
+    """Which of n things are items first..first+count-1 of an endless stream: each once per epoch, in a new order."""
+    return [int(shuffled(seed, n, i // n)[i % n]) for i in range(first, first + count)]
+
+
 def cut(rng, clip, crop):
     """The same random square of HR and LR, (F, crop, crop, 3) and (F, crop/4, crop/4, 3)."""
     y, x = rng.integers(0, (clip[0].shape[1] - crop) // SCALE + 1, 2)                 # in LR pixels
@@ -296,7 +310,7 @@ class Bank:
 
             def make(i):
                 rows[i] = np.concatenate([x.ravel() for x in clips.clip(0, i)])
-            with degradation.one_thread(), ThreadPoolExecutor(common.workers()) as pool:  # workers start with one, too
+            with degradation.one_thread(), ThreadPoolExecutor(common.workers()) as pool:  # their threads inherit it
                 list(tqdm(pool.map(make, range(self.n)), f"clips of {clips.folder}", self.n))
             rows.flush()
 
@@ -335,13 +349,6 @@ class Bank:
 
 
 # ---------------------------------------------------------------------------------------------- what the stages use
-
-CLIPS = {       # by model. size: px of a stored clip; crop: px of a training crop; window: latent frames trained on
-    "tiny":    dict(frames=21, size=192, crop=96, window=5, strength="light"),
-    "small":   dict(frames=21, size=256, crop=128, window=5, strength="light"),
-    "wan1.3b": dict(frames=21, size=640, crop=640, window=6, strength="realbasicvsr"),
-}
-
 
 def clip_row(model):
     """The row of CLIPS of a model, if its numbers go together."""
@@ -413,9 +420,6 @@ def soften(video, sigma):
     return flat.transpose(0, 1).unflatten(1, (3, -1))
 
 
-SOFT = 0.7, 0.8     # px: targets of the negative prompt are blurred by 0.7 + 0.8 u, u ~ U(0, 1) [ours]
-
-
 @torch.no_grad()
 def panel_batch(bank, vae, window, seed, device):
     """(z_hr, z_lr, eps) of four crops, the same whenever a run asks: what panels show, so that they can be compared."""
@@ -468,8 +472,7 @@ class LatentBank:
         if vae is not self.checked and fingerprint(vae) != self.about["vae_id"]:        # once: it reads all weights
             raise SystemExit("the latents were made with another video code than the checkpoint's: prepare them again")
         self.checked = vae
-        places = [divmod(i, len(self)) for i in range(first, first + count)]
-        rows = [shuffled(self.seed, len(self), epoch)[k] for epoch, k in places]
+        rows = stream(self.seed, len(self), first, count)
         z_hr, z_lr, z_soft = (torch.from_numpy(self.rows[rows, k].astype(np.float32)).to(device) for k in range(3))
         if soft is not None:
             z_hr = torch.where(soft.view(-1, 1, 1, 1, 1), z_soft, z_hr)
@@ -498,8 +501,8 @@ def read_latents_about(path):
 
 @torch.no_grad()
 def prepare_latents(path, folder, model, vae, count, device="cpu", save_every=0):
-    """Degrade and encode `count` clips of a folder of media into a file for LatentBank; goes on where it stopped. With
-    another count than before the file ends later, or sooner, but not before what is done."""
+    """Degrade and encode `count` clips of a folder of media into a file for LatentBank; goes on where it stopped. From
+    call to call count may be raised, or lowered to no less than what is done."""
     clip = clip_row(model)
     clips = clips_for(model, folder)
     about = {"model": model, "shape": latent_shape(model), "count": count, "done": 0,
@@ -519,7 +522,7 @@ def prepare_latents(path, folder, model, vae, count, device="cpu", save_every=0)
     if about["done"] < count:
         clips.survey()
     common.make_folder(Path(path).parent)
-    common.put_state(f"{path}.pt", about)                   # first: a file without its note is taken for another's
+    common.put_state(f"{path}.pt", about)                   # first: a file without its note would be refused
     reserve(path, count * row)
     rows = np.memmap(path, np.float16, "r+", shape=(count, *about["shape"]))
 
@@ -643,22 +646,22 @@ def write_prompts(encoder, out, positive=POSITIVE_PROMPT, negative=NEGATIVE_PROM
 def main(argv=None):
     parser = common.command_line(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    cut = commands.add_parser("prepare", help="cut the listed shots and photographs, or degrade and encode clips once")
-    cut.add_argument("--film", help="bbb.mp4")
-    cut.add_argument("--stills", help="folder of the photographs; without it only the film is cut")
-    cut.add_argument("--out", help="folder to write train/, val/ and test/ into")
-    cut.add_argument("--latents", help="instead: file to write latents into, for the --latents of the stages")
-    cut.add_argument("--data", default="samples/train", help="folder of videos and photographs (default %(default)s)")
-    cut.add_argument("--model", default="wan1.3b", choices=list(CLIPS), help="whose code (default %(default)s)")
-    cut.add_argument("--vae", help="wan1.3b: Wan2.1's video code, file or folder; else a checkpoint of this project")
-    cut.add_argument("--clips", type=int, default=2000, help="how many (default %(default)s)")
-    cut.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
+    made = commands.add_parser("prepare", help="cut the listed shots and photographs, or degrade and encode clips once")
+    made.add_argument("--film", help="bbb.mp4")
+    made.add_argument("--stills", help="folder of the photographs; without it only the film is cut")
+    made.add_argument("--out", help="folder to write train/, val/ and test/ into")
+    made.add_argument("--latents", help="instead: file to write latents into, for the --latents of the stages")
+    made.add_argument("--data", default="samples/train", help="folder of videos and photographs (default %(default)s)")
+    made.add_argument("--model", default="wan1.3b", choices=list(CLIPS), help="whose code (default %(default)s)")
+    made.add_argument("--vae", help="wan1.3b: Wan2.1's video code, file or folder; else a checkpoint of this project")
+    made.add_argument("--clips", type=int, default=2000, help="how many (default %(default)s)")
+    made.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     text = commands.add_parser("prompts", help="turn the three prompts of the real base into tensors")
     text.add_argument("--encoder", required=True, help="UMT5: a folder, or a hub name such as google/umt5-xxl")
     text.add_argument("--out", required=True, help="prompts.safetensors")
     text.add_argument("--positive", default=POSITIVE_PROMPT, help="(default: %(default)r)")
     text.add_argument("--negative", default=NEGATIVE_PROMPT, help="(default: %(default)r)")
-    cut.error = text.error = parser.error
+    made.error = text.error = parser.error
     args = parser.parse_args(argv)
     if args.command == "prepare" and args.latents:
         if not args.vae:

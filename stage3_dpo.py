@@ -12,7 +12,7 @@ Writes  out/<preset>/stage3/pairs/*.pt, the ranked pairs, used again if they are
 
 Differs from the paper: (1) the scorer is an offline proxy: NIQE, flicker (so neither can judge this stage), and
 consistency with LR, with no credit above 30 dB, which most outputs reach. DOVER or a pyiqa metric is used if it is
-installed and named; with these nothing asks that a winner be true to LR; (2) an anchor to the stage II student is
+installed and named; these do not check a winner against LR; (2) an anchor to the stage II student is
 added (anchor = 0: none): at t = 1 dpo_inside is linear in the student's output, and the loss falls for ever along
 winner - loser; (3) only the pairs with the larger margins are used (keep): with the proxy those on which its measures
 agree most; (4) some are held out, to see whether the preference carries over.
@@ -50,10 +50,10 @@ class Config:
     resume: bool = False            # continue from the last checkpoint
     seed: int = 0                   # of clips and noise
     batch: int = 8                  # pairs per process and pass
-    accumulate: int = 1             # passes whose gradients make one step; the last one is logged
-    lora: int = 0                   # rank of the adapters that are trained alone; 0: all weights [VideoAlign: 64]
-    checkpointing: bool = False     # keep the inputs of blocks alone and compute the rest twice: less memory
+    accumulate: int = 1             # passes whose gradients add up to one step; the last is logged
+    checkpointing: bool = False     # keep only the inputs of blocks, compute the rest twice: less memory
     dry_run: bool = False           # print what a step costs, in passes, FLOPs and memory, and stop
+    lora: int = 0                   # rank of the adapters that are trained alone; 0: all weights [VideoAlign: 64]
     pairs: int = 48                 # pairs made, clip after clip, then again with other noise [paper: 2,000]
     candidates: int = 4             # outputs per LR clip [not in the paper's summary]
     scorer: str = "proxy"           # "proxy", "dover", "pyiqa:<metric>" [paper: DOVER]; only "proxy" looks at LR
@@ -193,7 +193,7 @@ def spread(order, count):
 
 def set_aside(order, clips, held):
     """(pairs to train on, pairs held out): `held` pairs spread over `order`, at most half, whose clips are not trained
-    on either; none if that left nothing to train on. clips[i]: of pair i."""
+    on either; none if nothing would be left to train on. clips[i]: of pair i."""
     aside = spread(order, min(held, len(order) // 2))
     taken = {clips[i] for i in aside}
     rest = [i for i in order if clips[i] not in taken]
@@ -254,17 +254,18 @@ def main(cfg):
     pairs = [read_pair(path) for path in paths]
     order = sorted(range(cfg.pairs), key=lambda i: -pairs[i]["record"]["margin"])
     clips = [pair["record"]["clip"] for pair in pairs]
-    order, aside = set_aside(order[:max(1, round(cfg.keep * cfg.pairs))], clips, cfg.held)
-    kept, held = [pairs[i] for i in order], [pairs[i] for i in aside]
+    trained, aside = set_aside(order[:max(1, round(cfg.keep * cfg.pairs))], clips, cfg.held)
+    kept, held = [pairs[i] for i in trained], [pairs[i] for i in aside]
     if rank == 0:
-        records = [pair["record"] | {"trained": i in order, "held": i in aside} for i, pair in enumerate(pairs)]
+        records = [pair["record"] | {"trained": i in trained, "held": i in aside} for i, pair in enumerate(pairs)]
         common.put(f"{out_dir}/pairs.json", json.dumps({"scorer": cfg.scorer, "pairs": records}, indent=1))
         show_pairs(f"{out_dir}/pairs.png", kept[:4], vae, device)
     distance = torch.tensor([pair["distance"] for pair in kept])
     # alpha bounds how far the output moves, in units of (w - l). At t = 1 DPO pulls by sigmoid(-inside) beta (w - l),
     # the anchor back by 2 lam (x - x_ref), and they balance at alpha (w - l) or before. Where winner and loser are two
-    # inputs (t < 1, own_noise) a larger loser's error earns beta / 4 a unit at first, and costs beta / (8 alpha): it
-    # is held from the start with alpha < 1/2 (small, wan1.3b); with tiny's 2 it grows until sigmoid(-inside) is small
+    # inputs (t < 1, own_noise) DPO can also win by spoiling the loser alone: moving its velocity by D raises its error
+    # by |D|^2, which lowers L_DPO by beta/4 |D|^2 at first, and costs beta/(8 alpha) |D|^2 of anchor. With alpha < 1/2
+    # (small, wan1.3b) the anchor wins from the start; at tiny's 2 the loser drifts until sigmoid(-inside) is small
     beta = cfg.dpo_beta or choose_beta(distance, cfg.alpha)
     lam = cfg.anchor * beta / (4 * cfg.alpha)
 
@@ -273,7 +274,7 @@ def main(cfg):
 
     def next_batch(step, part):
         """(winner, loser, LR, the two noises) of some pairs, one random window of each: (B, C, T, H, W)."""
-        rows = [((step * parts + part) * cfg.batch + k) % len(kept) for k in range(cfg.batch)]
+        rows = data.stream(cfg.seed, len(kept), (step * parts + part) * cfg.batch, cfg.batch)
         T, H, W = kept[0]["win"].shape[1:]
         u = common.draw(torch.rand, (cfg.batch, 3), part, parts, "cpu")
         batch = []
@@ -287,15 +288,17 @@ def main(cfg):
     measured = {}
     if held and rank == 0 and start < cfg.steps:
         measured = {"trained": spread(kept, len(held)), "held": held}
-    fixed = window, size, cfg.seed, device
-    with autocast:
-        gaps_ref = {name: error_gaps(reference, some, *fixed) for name, some in measured.items()}
+
+    def gaps(net):
+        with autocast:
+            return {name: error_gaps(net, some, window, size, cfg.seed, device) for name, some in measured.items()}
+    gaps_ref = gaps(reference)
 
     bar = tqdm(range(start, cfg.steps), "stage III", initial=start, total=cfg.steps, disable=rank > 0,
                dynamic_ncols=True)
     for step in bar:
         optimiser.zero_grad()
-        for part in range(rank, parts, world):                          # a part: see common.draw
+        for part, last in common.my_parts(rank, parts, world):          # this process's share of the batch
             common.reseed(cfg.seed, "stage 3", step)
 
             # 1) a batch of pairs; the noise and the time are shared by winner and loser
@@ -303,27 +306,27 @@ def main(cfg):
             eps_w = eps_l = common.draw(torch.randn, z_w.shape, part, parts, device)
             if cfg.own_noise:
                 eps_w, eps_l = noise[:, 0], noise[:, 1]
-                # the reference's output of this window alone, which differs from this window of its output of the clip
+                # a pair was made on its whole clip; of this window alone the reference makes something else
                 with torch.no_grad(), autocast:
                     z_w, z_l = (M.one_step(reference, e, z_lr) for e in (eps_w, eps_l))
             u = common.draw(torch.rand, (cfg.batch,), part, parts, device)
             t = torch.ones_like(u) if cfg.dpo_t == "one" else u
 
             # 2) one DPO step: errors of student and reference on winner and loser, in velocities
-            with common.accumulating(part + world >= parts, ddp):
+            with common.accumulating(last, ddp):
                 with autocast:
                     v, (e_w, e_l) = paired(ddp, z_w, z_l, eps_w, eps_l, t, z_lr)
                     with torch.no_grad():
                         v_ref, (e_w_ref, e_l_ref) = paired(reference, z_w, z_l, eps_w, eps_l, t, z_lr)
                 inside = dpo_inside(e_w, e_w_ref, e_l, e_l_ref, beta_at(beta, t, cfg.beta_mode))
-                apart = v - v_ref
-                (dpo_loss(inside, apart.square().mean(), lam) / cfg.accumulate).backward()
+                apart = (v - v_ref).square().mean()
+                (dpo_loss(inside, apart, lam) / cfg.accumulate).backward()
         norm = common.clip_and_step(optimiser, student, 1.0)
 
         # 3) log, save, panel
         done = step + 1
         if done % cfg.log_every == 0 or done == cfg.steps:
-            drift = M.bcast(t.repeat(2), v) * apart                     # of the clean estimates, but for the sign
+            drift = M.bcast(t.repeat(2), v) * (v - v_ref)               # x_ref - x, as x = z_t - t v
             values = dict(dpo=dpo_loss(inside), accuracy=(inside > 0).float().mean(), inside=inside.mean(),
                           winner_error=e_w.mean(), winner_change=(e_w - e_w_ref).mean(),
                           loser_error=e_l.mean(), loser_change=(e_l - e_l_ref).mean(),
@@ -336,8 +339,7 @@ def main(cfg):
                         **saved | {"student": M.merged(student)})
             with torch.no_grad(), autocast:
                 before, after = (M.one_step(net, eps_w, z_lr) for net in (reference, student))
-                shares = {name: preferred(error_gaps(student, some, *fixed), gaps_ref[name])
-                          for name, some in measured.items()}
+            shares = {name: preferred(found, gaps_ref[name]) for name, found in gaps(student).items()}
             common.log_row(out_dir, "held.jsonl", done, pairs=len(held), **shares)
             common.panel(f"{out_dir}/panel.png", {
                 "LR": vae.decode(z_lr), "loser": vae.decode(z_l), "winner": vae.decode(z_w),
