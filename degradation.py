@@ -57,7 +57,7 @@ class Strength:
 
 
 REALBASICVSR = Strength()
-# the same operations in the same order, milder: for small networks that shall see something left to restore [ours]
+# the same operations in the same order, milder: a small network needs something left to restore from [ours]
 LIGHT = Strength(kernel=(7, 11), sigma=((0.2, 1.2), (0.2, 0.8)),
                  resize_scale=((0.8, 1.2), (0.8, 1.2)), noise_prob=(0.5, 0.5),
                  gaussian=((0.0, 6.0), (0.0, 4.0)), poisson=((0.01, 0.3), (0.01, 0.3)),
@@ -249,7 +249,7 @@ def sharpen(x):
 
 @contextmanager
 def one_thread():
-    """Torch on one thread. Several add up in another order, and a codec makes levels of what that rounds otherwise."""
+    """Torch on one thread. Several sum in another order, and a codec makes whole levels of the rounding."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -260,7 +260,7 @@ def one_thread():
 
 @one_thread()
 def degrade(hr, rng, strength):
-    """HR float32 (F, H, W, 3) in [0, 1] -> LR uint8 (F, H/4, W/4, 3), by the list of RealBasicVSR, top to bottom.
+    """HR float32 (F, H, W, 3) in [0, 1] -> LR uint8 (F, H/4, W/4, 3), in the order of RealBasicVSR's list.
 
     rng: numpy Generator. strength: a Strength or its name. Parameters are drawn once per clip and drift per frame;
     discrete choices (kernel and its size, interpolation, kind of noise, codec) hold for the clip.

@@ -21,6 +21,8 @@ DiT is the Wan2.1 block at every size, under Wan's own parameter names (Wan-Vide
 twice the input channels: the noisy latent and the latent of the upsampled low-resolution video, [z_t, z_lr].
 At the presets tiny and small a few convolutions (Predictor) first turn z_lr into a guess of z_0, and the output is
 added to a velocity that needs no network (linear_velocity).
+
+To read the stages it is enough to get to RFSHead; below it are tiling, the video codes, and loading.
 """
 import functools
 import itertools
@@ -51,7 +53,7 @@ MODELS = {
 }
 
 # ----------------------------------------------------------------------------
-# flow matching: the only place where the sign, time and guidance conventions are written
+# flow matching: the conventions of sign, time and guidance (the losses repeat no more of them than v = eps - z_0)
 
 
 def bcast(t, like):
@@ -102,8 +104,10 @@ def prompt(z, which=POSITIVE):
 def sample(net, eps, z_lr, steps, shift, w=0.0):
     """The multi-step sampler: `steps` Euler steps under the positive prompt, guided where w > 0. Returns z_0."""
     def velocity(z, t):
-        v_c = net(z, t, z_lr, prompt(z)).float()                        # guidance subtracts: fp32, never bf16
-        return guide(v_c, net(z, t, z_lr, prompt(z, AGAINST)).float(), w) if w else v_c
+        v_c = net(z, t, z_lr, prompt(z)).float()                        # fp32: guidance subtracts, bf16 loses digits
+        if not w:
+            return v_c
+        return guide(v_c, net(z, t, z_lr, prompt(z, AGAINST)).float(), w)
     return euler(velocity, eps, steps, shift)
 
 
@@ -140,9 +144,9 @@ def sinusoid(t, dim=256):
 
 @functools.lru_cache(maxsize=16)
 def rope_table(T, H, W, K, base, device):
-    """(T*H*W, K/2) unit complex numbers. K is cut into time, height, width parts, each with a full spectrum of its own
-    (K - 4 (K // 6) for time and 2 (K // 6) for height and width: 44 + 42 + 42 at K = 128), base^(-2i/k) radians a
-    token; positions are integers."""
+    """(T*H*W, K/2) unit complex numbers. K is split into parts for time, height and width, K - 4 (K // 6), 2 (K // 6)
+    and 2 (K // 6) (44 + 42 + 42 at K = 128), each with a full spectrum of its own, base^(-2i/k) radians a token, at
+    integer positions."""
     places = torch.cartesian_prod(*(torch.arange(n, dtype=torch.float64) for n in (T, H, W)))       # (T*H*W, 3)
     sizes = K - 4 * (K // 6), 2 * (K // 6), 2 * (K // 6)
     angle = torch.cat([torch.outer(place, base ** (-torch.arange(0, k, 2, dtype=torch.float64) / k))
@@ -288,20 +292,19 @@ class DiT(nn.Module):
         z, z_lr: (B, C, T, H, W), H and W even. t: (B,) in [0, 1]. text: (B,) prompt ids, or embeddings
         (B, prompt_len, text_dim). Returns v like z, or (v, [features]).
         """
-        if self.predictor is not None:
-            z_lr = self.predictor(z_lr)                                 # from here on the guess of z_0
+        start = z_lr if self.predictor is None else self.predictor(z_lr)        # a guess of z_0, where there is one
         context = self.prompts[text] if text.dtype == torch.long else text
         context = self.text_embedding(context)                          # (B, prompt_len, D); padding is attended to
         with torch.autocast("cuda" if z.is_cuda else "cpu", enabled=False):     # time in fp32: it scales everything
             e = self.time_embedding(sinusoid(1000 * t))                 # (B, D)
             e0 = self.time_projection(e).unflatten(1, (6, -1))          # (B, 6, D)
-        x = self.patch_embedding(torch.cat([z, z_lr], dim=1))           # (B, D, T, H/2, W/2)
+        x = self.patch_embedding(torch.cat([z, start], dim=1))           # (B, D, T, H/2, W/2)
         T, H, W = x.shape[2:]                                           # of tokens
         x = rearrange(x, "B D T H W -> B (T H W) D").float().contiguous()       # the residual stream stays fp32
         table = rope_table(T, H, W, x.shape[-1] // self.blocks[0].self_attn.heads, self.rope, x.device)
         features = []
         for i, block in enumerate(self.blocks):
-            if self.checkpointing and torch.is_grad_enabled():          # reentrant: no gradient unless an input has one
+            if self.checkpointing and torch.is_grad_enabled():          # reentrant, no gradient unless an input has one
                 x = checkpoint(block, x, e0, context, table, use_reentrant=False)
             else:
                 x = block(x, e0, context, table)
@@ -311,12 +314,12 @@ class DiT(nn.Module):
             v = self.head(x, e)
         v = rearrange(v, "B (T H W) (p q C) -> B C T (H p) (W q)", T=T, H=H, W=W, p=2, q=2)
         if self.residual is not None:
-            v = v + linear_velocity(z, t, z_lr, self.residual)
+            v = v + linear_velocity(z, t, start, self.residual)
         return (v, features) if taps else v
 
 
 def to_bf16(net):
-    """A frozen net with the linear layers of its blocks, nearly all of it, in bf16, as autocast computes anyway."""
+    """Convert the linear layers of a frozen net's blocks, nearly all of it, to bf16, in which autocast computes."""
     for module in net.blocks.modules():
         if isinstance(module, nn.Linear):
             module.bfloat16()
@@ -324,7 +327,7 @@ def to_bf16(net):
 
 
 def compile_blocks(net):
-    """torch.compile of the blocks, nearly all of a DiT: all are one piece of code, so it is compiled once for all."""
+    """torch.compile of the blocks, nearly all of a DiT. They share their code, so it is compiled once."""
     for block in net.blocks:
         block.compile()
 
@@ -365,6 +368,11 @@ def tap_blocks(layers):
     return tuple(sorted({max(0, int(f * layers + 0.5) - 1) for f in (0.45, 0.72, 1.0)}))
 
 
+def normalise(feature):
+    """LayerNorm over the width without parameters: features of all depths get the same scale. (B, N, D)."""
+    return F.layer_norm(feature.float(), feature.shape[-1:])
+
+
 class RFSHead(nn.Module):
     """The convolutional discriminator head of RFS-GAN on features of the real and the fake score model.
 
@@ -403,18 +411,13 @@ class RFSHead(nn.Module):
         return self.layers(rearrange(x, "B (T H W) D -> B D T H W", T=T, H=H, W=W)).squeeze(1)
 
 
-def normalise(feature):
-    """LayerNorm over the width without parameters: features of all depths get the same scale. (B, N, D)."""
-    return F.layer_norm(feature.float(), feature.shape[-1:])
-
-
 # ----------------------------------------------------------------------------
 # latents larger than the network was trained on
 
 
 def overlaps(tile):
-    """How many latents neighbouring tiles share in T, H, W: 2, 4, 4, or less where tiles are small. Without any in
-    time the texture jumps where one window ends and the next begins (LOG.md, "the pop between windows")."""
+    """How many latents neighbouring tiles share in T, H, W: 2, 4, 4, or less where tiles are small. Without overlap
+    in time the texture jumps where one window ends and the next begins (LOG.md, "the pop between windows")."""
     return [min(o, k // 4 * 2) for o, k in zip((2, 4, 4), tile, strict=True)]
 
 
@@ -468,11 +471,11 @@ class PatchVAE(nn.Module):
     """A linear video code: PCA of 4 x 4 x 4 pixel patches that overlap, in closed form; nothing in it is trained.
 
     The first frame is repeated to fill its patch, so F = 4 (T - 1) + 1. Patches that only touch would show as a grid:
-    what a network adds in one does not continue in the next. So the two pixels on either side of every border between
-    patches are first turned into each other (`lap`), and each latent draws a patch of 8 x 8 pixels that fades out: a
-    lapped orthogonal transform (Malvar 1990; as a filter before the blocks, Tran, Liang and Tu 2003). The decoder turns
-    a little further than the encoder did, which smooths the borders of what patches do not agree on. In time patches
-    only touch, and it is `draw_onto` that smooths their borders.
+    what a network adds in one does not continue in the next. So before the PCA the two pixels on either side of every
+    border are mixed by a rotation (`lap`), and each latent draws a patch of 8 x 8 pixels that fades out: a lapped
+    orthogonal transform (Malvar 1990; as a filter before the blocks, Tran, Liang and Tu 2003). The decoder rotates
+    back a little further than the encoder did, which smooths what neighbouring patches disagree on. In time patches
+    only touch; `draw_onto` smooths there.
     Latents have mean square 1 over all channels; a channel's standard deviation goes as the square root of that of its
     principal component. `fit` must be called, or weights be loaded, before use.
     """
@@ -641,7 +644,7 @@ def read_checkpoint(path):
         raise SystemExit(f"{path}: no such checkpoint; {first}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)      # ranks share what is read
-        state["config"]["model"], state["stage"], state["vae"], state["total"]
+        state["config"]["model"], state["stage"], state["vae"], state["total"]     # a KeyError where one is missing
     except Exception as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else "torch.load cannot read it: cut short?"
         raise SystemExit(f"{path}: not a checkpoint of this project ({reason}); remove it, or name another") from None
