@@ -187,6 +187,17 @@ def test_stage0_teaches_the_first_guess(chain, tmp_path, monkeypatch):
         assert len(passed_on) == 2 and all(torch.equal(g, torch.full_like(g, share / g.numel())) for g in passed_on)
 
 
+def test_stage0_logs_the_guess_of_sharp_targets(chain, tmp_path, monkeypatch):
+    cfg = fork(chain, stage0, tmp_path, [], steps=1, batch=8, negative=0.5, log_every=1)
+    guess_loss, draw_prompts, losses, softened = stage0.guess_loss, stage0.draw_prompts, [], []
+    monkeypatch.setattr(stage0, "guess_loss", lambda *args: (losses.append(guess_loss(*args)), losses[-1])[1])
+    monkeypatch.setattr(stage0, "draw_prompts", lambda *args: (softened.append(draw_prompts(*args)), softened[-1])[1])
+    stage0.main(cfg)
+    soft = softened[0][1]
+    assert soft.any() and not soft.all()
+    assert common.read_log(f"{cfg.out}/stage0")[-1]["guess"] == pytest.approx(losses[0][~soft].mean().item(), rel=1e-4)
+
+
 def test_stage0_passes_on_its_constants(chain, tmp_path, monkeypatch):
     """With a noise of ones and the same uniform numbers for all: z_lr a fifth on its way to 1, t = 0.5 shifted by 5;
     the prompt is dropped, z_lr is not."""
