@@ -207,7 +207,7 @@ def stage2(preset, device, repeats, rate):
     with device:                                                        # drawn there: on a CPU 1.4 B take a while
         student = M.build(preset)
     fake = deepcopy(student)
-    real, average = (deepcopy(student).requires_grad_(False) for _ in range(2))
+    real, ema = (deepcopy(student).requires_grad_(False) for _ in range(2))
     if device.type == "cuda":
         M.to_bf16(real)
     for net in (student, fake, real):
@@ -282,7 +282,7 @@ def stage2(preset, device, repeats, rate):
             loss.backward()
         step(student)
         with part("average of the student"):
-            common.ema_update(average, student, cfg.ema)
+            common.ema_update(ema, student, cfg.ema)
         fake.requires_grad_(True), head.requires_grad_(True)
     print(f"stage2: {preset}, latents {B} x {[T, H, W]}, {cfg.aux_per_student} auxiliary updates, one of the student")
     show_all(measure(work, device, repeats), "one iteration", rate)

@@ -152,8 +152,8 @@ def keep_memory():
 
 
 def cleanup():
-    """Wait for rank 0, which may still be writing, then leave the process group (with several nodes torchrun ends one
-    that has waited five minutes).
+    """Wait for rank 0, which may still be writing, then leave the process group: torchrun ends a node that has waited
+    five minutes for another.
 
     gloo aborts the process if one of its threads still holds a tensor when Python exits. There is nothing to wait for,
     so it gets half a second.
@@ -198,7 +198,7 @@ def draw(sampler, shape, part, parts, device):
 
 
 def my_parts(rank, parts, world):
-    """[(part, last)] of the parts of a batch (see `draw`) that this process computes; last: its last one."""
+    """[(part, last)] of the parts of a batch (see `draw`) that this process computes; last: whether it is its last."""
     return [(part, part + world >= parts) for part in range(rank, parts, world)]
 
 
@@ -212,8 +212,8 @@ def accumulating(last, *networks):
 
 
 def parallel(net, world):
-    """net in DistributedDataParallel, if there are several processes. Buffers are constants, the same everywhere."""
-    return DistributedDataParallel(net, gradient_as_bucket_view=True, broadcast_buffers=False) if world > 1 else net
+    """net in DistributedDataParallel, if there are several processes."""
+    return DistributedDataParallel(net, gradient_as_bucket_view=True) if world > 1 else net
 
 
 def mean(value):
@@ -265,7 +265,7 @@ def put_state(path, state):
 
 
 def save(path, cfg, stage, step, total, /, **saved):
-    """Write {stage, config, step, total, samples, a state dict per part}; /: stage I has a part "cfg"."""
+    """Write {stage, config, step, total, samples, a state dict per part}. Positional, as stage I has a part "cfg"."""
     state = {k: p.state_dict() if hasattr(p, "state_dict") else p for k, p in saved.items()}
     put_state(path, {"stage": stage, "config": asdict(cfg), "step": step, "total": total, "samples": samples(cfg),
                      **state})

@@ -246,7 +246,7 @@ class Clips:
 
 
 def shuffled(seed, n, epoch):
-    """The order of n clips in an epoch."""
+    """The order of n things in an epoch."""
     return np.random.default_rng([seed, epoch]).permutation(n)
 
 
@@ -349,6 +349,7 @@ class Bank:
 
 
 # ---------------------------------------------------------------------------------------------- what the stages use
+
 
 def clip_row(model):
     """The row of CLIPS of a model, if its numbers go together."""

@@ -249,7 +249,7 @@ def sharpen(x):
 
 @contextmanager
 def one_thread():
-    """Torch on one thread. Several sum in another order, and a codec makes whole levels of the rounding."""
+    """Torch on one thread. Several would sum in another order, and a codec turns such rounding into whole levels."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

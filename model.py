@@ -14,7 +14,7 @@
     latents (B, C, T, H, W)   video (B, 3, F, p H, p W) in [-1, 1], p the stride   tokens (B, N, D)   t (B,)
 
     NAMES
-    cfg is the Config of a run; cfg_w, cfg_net, cfg_target and the part "cfg" are of classifier-free guidance
+    cfg is the Config of a run; cfg_w, cfg_steps, cfg_target and the part "cfg" are of classifier-free guidance
     lr, and lr_fake, lr_head, pd_lr, cfg_lr, are learning rates; z_lr, lr_noise and the lr of a clip are low resolution
 
 DiT is the Wan2.1 block at every size, under Wan's own parameter names (Wan-Video/Wan2.1, wan/modules/model.py), with
@@ -53,7 +53,7 @@ MODELS = {
 }
 
 # ----------------------------------------------------------------------------
-# flow matching: the conventions of sign, time and guidance (the losses repeat no more of them than v = eps - z_0)
+# flow matching: the conventions of sign, time and guidance (elsewhere: v = eps - z_0, and pd_target's Euler steps)
 
 
 def bcast(t, like):
@@ -298,13 +298,13 @@ class DiT(nn.Module):
         with torch.autocast("cuda" if z.is_cuda else "cpu", enabled=False):     # time in fp32: it scales everything
             e = self.time_embedding(sinusoid(1000 * t))                 # (B, D)
             e0 = self.time_projection(e).unflatten(1, (6, -1))          # (B, 6, D)
-        x = self.patch_embedding(torch.cat([z, start], dim=1))           # (B, D, T, H/2, W/2)
+        x = self.patch_embedding(torch.cat([z, start], dim=1))          # (B, D, T, H/2, W/2)
         T, H, W = x.shape[2:]                                           # of tokens
         x = rearrange(x, "B D T H W -> B (T H W) D").float().contiguous()       # the residual stream stays fp32
         table = rope_table(T, H, W, x.shape[-1] // self.blocks[0].self_attn.heads, self.rope, x.device)
         features = []
         for i, block in enumerate(self.blocks):
-            if self.checkpointing and torch.is_grad_enabled():          # reentrant, no gradient unless an input has one
+            if self.checkpointing and torch.is_grad_enabled():          # a reentrant one needs an input with gradient
                 x = checkpoint(block, x, e0, context, table, use_reentrant=False)
             else:
                 x = block(x, e0, context, table)

@@ -179,7 +179,7 @@ def main(cfg):
 
             # 1) a batch: softened targets go with the negative prompt, some prompts are dropped, z_lr gets some noise
             u_negative, u_drop, u_soft, u_lr, u_t = common.draw(torch.rand, (B, 5), part, parts, device).T
-            text, soft = draw_prompts(u_negative, u_drop, cfg.negative, cfg.text_drop)     # soft: by data.soften
+            text, soft = draw_prompts(u_negative, u_drop, cfg.negative, cfg.text_drop)     # data.soften blurs them
             pair = bank.latents(vae, (step * parts + part) * B, B, device, soft, u_soft)
             z_0, z_lr = data.random_window(window, *pair)
             a = M.bcast(cfg.lr_noise * u_lr, z_lr)
@@ -191,7 +191,7 @@ def main(cfg):
             with common.accumulating(last, ddp):
                 with autocast:
                     losses = flow_loss(ddp, z_0, z_lr, text, t, eps)
-                    # the guess sees no prompt, so it learns sharp targets alone. Not through ddp: its gradient adds up
+                    # the guess sees no prompt, so it learns sharp targets alone; not by ddp: one backward sums both
                     guess = ~soft * guess_loss(net, z_0, z_lr)
                 ((losses + guess).mean() / cfg.accumulate).backward()
         norm = common.clip_and_step(optimiser, net, 1.0)

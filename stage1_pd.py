@@ -11,8 +11,8 @@ Writes  out/<preset>/stage1/last.pt: cfg (guided multi-step model, the real scor
         vae, and what --resume needs; log.jsonl, panel.png, loss.png.
 
 Differs from the paper: (1) the loss compares velocities. Comparing end points (pd_space = "z", the paper's) weighs a
-step by its squared length: nothing changes at shift 1, but at shift 5 the longest of 32 steps counts 470 times as much
-as the shortest; (2) guidance is (1 + w) v(c) - w v(neg). A public summary of the paper lacks the second w, without
+step by its squared length: at shift 1 all weigh the same, at shift 5 the longest of 32 steps 470 times as much as the
+shortest; (2) guidance is (1 + w) v(c) - w v(neg). A public summary of the paper lacks the second w, without
 which c = neg would not give v(neg); (3) neg is the low-quality prompt (AGAINST in model.py), not no text: the
 tiny teacher hardly tells none from the good one.
 """

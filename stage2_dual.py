@@ -236,7 +236,7 @@ def main(cfg):
     parts = world * cfg.accumulate
 
     reads_real, reads_fake = cfg.features != "fake", cfg.features != "real"         # whose features the head reads
-    backbones = [real] * reads_real + [fake] * reads_fake
+    backbones = [net for net, reads in ((real, reads_real), (fake, reads_fake)) if reads]
 
     def next_batch(step, k, part):
         """One part of the batch of a step's update k: latents of HR and LR, and the noise the student starts from.
@@ -416,7 +416,7 @@ def passes(cfg):
         # in full in auxiliary updates. In the student's: forward, with input gradient if its features are read; they
         # are read of HR in every update
         "fake": ("trained", fake * (aux + 1) + (scores - fake), fake, aux),
-        # the same, but in auxiliary updates forward alone, if its features are read
+        # the same, but in auxiliary updates forward alone, if its features are read; guided: AGAINST as well
         "real": ("frozen bf16", real * (2 * aux + 1) + (scores - real) + guided, real, 0)}
     return {name: (kept, *(cfg.accumulate * k for k in numbers)) for name, (kept, *numbers) in counts.items()}
 

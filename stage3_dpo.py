@@ -264,8 +264,9 @@ def main(cfg):
     # alpha bounds how far the output moves, in units of (w - l). At t = 1 DPO pulls by sigmoid(-inside) beta (w - l),
     # the anchor back by 2 lam (x - x_ref), and they balance at alpha (w - l) or before. Where winner and loser are two
     # inputs (t < 1, own_noise) DPO can also win by spoiling the loser alone: moving its velocity by D raises its error
-    # by |D|^2, which lowers L_DPO by beta/4 |D|^2 at first, and costs beta/(8 alpha) |D|^2 of anchor. With alpha < 1/2
-    # (small, wan1.3b) the anchor wins from the start; at tiny's 2 the loser drifts until sigmoid(-inside) is small
+    # by |D|^2 on average, which lowers L_DPO by beta/4 |D|^2 at first, and costs beta/(8 alpha) |D|^2 of anchor. With
+    # alpha < 1/2 (small, wan1.3b) the anchor wins from the start; at tiny's 2 the loser drifts until sigmoid(-inside)
+    # is small
     beta = cfg.dpo_beta or choose_beta(distance, cfg.alpha)
     lam = cfg.anchor * beta / (4 * cfg.alpha)
 
