@@ -1,4 +1,5 @@
 """Configuration, shared noise, and the precision that small updates need."""
+import contextlib
 import os
 import resource
 import socket
@@ -65,6 +66,22 @@ def test_ranks_share_one_draw():
     assert torch.equal(draws[0], torch.cat(draws[1:])) and not torch.equal(draws[1], draws[2])
     common.reseed(1, "stage", 6)
     assert not torch.equal(draws[0], common.draw(torch.randn, (6, 2), 0, 1, "cpu"))
+
+
+def test_gradients_are_averaged_in_the_last_part_alone():
+    """Over processes: in DDP's no_sync() but for a process's last part; all parts belong to one process each."""
+    quiet = []
+
+    class Wrapped:
+        @contextlib.contextmanager
+        def no_sync(self):
+            quiet.append(self)
+            yield
+    assert common.my_parts(0, 6, 2) == [(0, False), (2, False), (4, True)]
+    assert common.my_parts(1, 6, 2) == [(1, False), (3, False), (5, True)]
+    for last, count in ((False, 1), (True, 1)):
+        with common.accumulating(last, Wrapped(), torch.nn.Identity()):
+            assert len(quiet) == count
 
 
 def test_save_is_atomic(tmp_path):
