@@ -470,6 +470,18 @@ UNSTABLE = 2.5                      # and, in any one line, of an unstable stude
 GRAIN = 1.5                         # and, on the panel, of grain: 34 runs had 1.41 at most, two collapsed 1.8 [ours]
 
 
+def head_verdict(loss_d, warm):
+    """What L_D says of the head: it is 0 where HR and student are told apart for sure, 2 where they are not at all.
+    warm: L_D at the end of the warm-up."""
+    if loss_d < 0.3:
+        return "the head has won; lower lr_head"
+    if loss_d <= 1.95:
+        return "healthy"
+    if warm > 1.95:
+        return "the head has not learnt yet; raise aux_warmup"
+    return f"the student misleads the head, which had learnt ({warm:.2f} after the warm-up)"
+
+
 def verdicts(out_dir, offsets=(), shown=0.0):
     """What the latest log lines, the spatial offsets and `detail` on the panel say, in plain words."""
     lines = common.read_log(out_dir)
@@ -505,9 +517,7 @@ def verdicts(out_dir, offsets=(), shown=0.0):
     if shown > GRAIN:
         words.append(f"here the student adds {shown:.1f} times HR's detail: grain; was stage I run? or lower lr")
     if "pull_gan" in last and "d" in last:                              # without auxiliary updates there is no d
-        words.append(f"hinge L_D {last['d']:.2f}: " + ("the head has won; lower lr_head" if last["d"] < 0.3 else
-                     "healthy" if last["d"] <= 1.95 else "the head has not learnt yet; raise aux_warmup" if warm > 1.95
-                     else f"the student misleads the head, which had learnt ({warm:.2f} after the warm-up)"))
+        words.append(f"hinge L_D {last['d']:.2f}: {head_verdict(last['d'], warm)}")
         if last["pull_gan"] == 0 and last["d"] != 2 and last["gan"]:    # at first the head is 0, and L_D exactly 2
             words.append("L_G does not reach the student: are the features detached?")
         if "pull_dmd" in last and last["pull_gan"] > last["pull_dmd"]:
