@@ -26,6 +26,7 @@ from tqdm import tqdm
 import common
 import cost
 import data
+import health
 import model as M
 
 # ----------------------------------------------------------------------------
@@ -213,35 +214,17 @@ def main(cfg):
                 for title, steps, w in (("1 step", 1, 0), ("8 steps", 8, 0), ("8 steps, w = 0.5", 8, 0.5)):
                     shown[title] = M.sample(ema, eps, z_lr, steps, cfg.shift, w)
             columns = {title: vae.decode(z) for title, z in {"LR": z_lr, **shown, "HR, coded": z_0}.items()}
-            common.panel(f"{out_dir}/panel.png", columns, verdicts(out_dir))
+            common.panel(f"{out_dir}/panel.png", columns, health.stage0(out_dir))
     common.cleanup()
 
 
 # ----------------------------------------------------------------------------
-# what a step costs, and what its log and panel say
+# what a step costs
 
 
 def passes(cfg):
     """DiT passes of a step, for cost.py: {network: how it is kept and (forward alone, input gradient, full)}."""
     return {"net": ("trained", 0, 0, cfg.accumulate), "ema": ("average", 0, 0, 0)}
-
-
-def verdicts(out_dir):
-    """What the log says, in plain words: whether the loss still falls, by the means of its last two quarters. A line is
-    one batch, at its own times: changes under two standard errors are not told apart from chance."""
-    losses = [line["loss"] for line in common.read_log(out_dir)]
-    quarter = len(losses) // 4
-    if quarter < 5:
-        return ["too few log lines to say how training goes"]
-    last = torch.tensor(losses[-2 * quarter:]).view(2, -1)
-    (before, now), noise = last.mean(dim=1).tolist(), 2 * (last.var(dim=1).sum() / quarter).sqrt().item()
-    if abs(now - before) < noise:
-        return [f"the loss is level, {before:.3f} to {now:.3f}, within what batches scatter (+- {noise:.3f})"]
-    if now > 1.1 * before:
-        return [f"the loss rises, {before:.3f} to {now:.3f}: lower lr"]
-    if now > 0.97 * before:
-        return [f"the loss has settled at {now:.3f}: let lr fall (decay), or take a larger model"]
-    return [f"the loss still falls, {before:.3f} to {now:.3f}: train longer"]
 
 
 if __name__ == "__main__":

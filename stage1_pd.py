@@ -26,6 +26,7 @@ from tqdm import tqdm
 import common
 import cost
 import data
+import health
 import model as M
 
 # ----------------------------------------------------------------------------
@@ -199,7 +200,7 @@ def main(cfg):
         done = step + 1
         ends = done == cfg.cfg_steps if in_cfg else k + 1 == cfg.steps_per_phase
         if done % cfg.log_every == 0 or ends:
-            values = dict(loss=common.mean(loss), ratio=common.mean(ratio(v.detach(), target, v_start)))
+            values = dict(loss=common.mean(loss), ratio=common.mean(health.ratio(v.detach(), target, v_start)))
             if in_cfg:                                                  # how far v_cfg is from v_c at all
                 values["guidance"] = common.mean((target - v_start).square().mean() / v_start.square().mean())
             if rank == 0:
@@ -214,33 +215,18 @@ def main(cfg):
                 after = M.sample(student, eps, z_lr, few, cfg.shift)
             names = ("teacher", "CFG-distilled") if in_cfg else (f"teacher, {many} steps", f"student, {few}")
             common.panel(f"{out_dir}/panel.png", {"LR": vae.decode(z_lr), names[0]: vae.decode(before),
-                         names[1]: vae.decode(after), "HR, coded": vae.decode(z_0)}, verdicts(out_dir, done))
+                         names[1]: vae.decode(after), "HR, coded": vae.decode(z_0)}, health.stage1(out_dir, done))
     common.cleanup()
 
 
 # ----------------------------------------------------------------------------
-# what a step costs, and what its log and panel say
+# what a step costs
 
 
 def passes(cfg):
     """DiT passes of a step, for cost.py: {network: how it is kept and (forward alone, input gradient, full)}."""
     return {"student": ("trained", 0, 0, cfg.accumulate), "teacher": ("frozen", 2 * cfg.accumulate, 0, 0),
             "CFG-distilled": ("frozen", 0, 0, 0)}
-
-
-def ratio(prediction, target, start):
-    """||prediction - target||^2 / ||start - target||^2: 1 when nothing is learnt yet, good under 0.3."""
-    return (prediction - target).square().mean() / (start - target).square().mean().clamp_min(1e-12)
-
-
-def verdicts(out_dir, step):
-    """What the last log line says, in plain words."""
-    last = [line for line in common.read_log(out_dir) if line["step"] <= step][-1]
-    words = [f"step {step}: the error is {last['ratio']:.2f} of what it was at the start of the phase"
-             + (" (good)" if last["ratio"] < 0.3 else "; train it longer" if last["ratio"] > 0.7 else "")]
-    if last.get("guidance", 1) < 1e-4:
-        words.append("guidance hardly moves the velocity: CFG distillation has nothing to teach; raise cfg_w")
-    return words
 
 
 if __name__ == "__main__":

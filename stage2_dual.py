@@ -40,7 +40,6 @@ starts from, eps the one that is added to z_0 at time t. Of velocities, estimate
 which score model's they are, of logits and features _hr and _s whose video's. head is the discriminator, net.head the
 last layer of a DiT.
 """
-import math
 import statistics
 from copy import deepcopy
 from dataclasses import dataclass
@@ -52,7 +51,7 @@ from tqdm import tqdm
 import common
 import cost
 import data
-import metrics
+import health
 import model as M
 
 # ----------------------------------------------------------------------------
@@ -358,7 +357,7 @@ def main(cfg):
                         losses["gan"] = cfg.w_gan * hinge_g(head(f_s).float())
                     losses["fm"] = cfg.w_fm * fm_loss(f_s, f_hr, cfg.fm_norm)
                 if logs and last:
-                    pull = loss_gradients(losses, z_0)
+                    pull = health.loss_gradients(losses, z_0)
                 (sum(losses.values()) / cfg.accumulate).backward()
         norm = common.clip_and_step(opt_student, student, cfg.clip_norm)
         common.ema_update(ema, student, cfg.ema)
@@ -368,15 +367,13 @@ def main(cfg):
         # 3) log, save, panel
         if logs:
             z_0 = z_0.detach()
-            values |= dict(grad_norm=norm, detail=detail(z_0, z_lr, z_hr), **losses,
+            values |= dict(grad_norm=norm, detail=health.detail(z_0, z_lr, z_hr), **losses,
                            **{f"pull_{k}": v.norm() for k, v in pull.items()})
             if uses_scores(cfg):
-                values |= dmd_health(z_0, x_real, x_fake, g, keep, pull.get("dmd", g))
-                # lag: fake's error on the student's outputs over real's; at 1 it has learnt nothing of the student
-                values |= dict(lag=(v_fake - (eps - z_0)).square().mean() / (v_real - (eps - z_0)).square().mean(),
-                               detail_real=detail(x_real, z_lr, z_hr))
+                values |= health.dmd(z_0, x_real, x_fake, g, keep, pull.get("dmd", g))
+                values |= dict(lag=health.lag(v_fake, v_real, eps - z_0), detail_real=health.detail(x_real, z_lr, z_hr))
             if {"dmd", "gan"} <= set(pull):
-                values["dmd_gan_cosine"] = cosine(pull["dmd"], pull["gan"])
+                values["dmd_gan_cosine"] = health.cosine(pull["dmd"], pull["gan"])
             values = {k: common.mean(v) for k, v in values.items()}
             if rank == 0:
                 common.log(out_dir, bar, done, **values)
@@ -390,18 +387,18 @@ def main(cfg):
                 z_t = M.add_noise(z_0, torch.randn_like(z_0), t)
                 # of a guided teacher (real_score) panel and offsets show its pass under the prompt alone
                 x_real, x_fake = (M.to_x0(z_t, score(net, z_t, t, z_lr)[0], t) for net in (real, fake))
-            rows = spatial_offsets(lambda z_t, t, z_lr=z_lr: M.to_x0(z_t, score(real, z_t, t, z_lr)[0], t),
+            rows = health.spatial_offsets(lambda z_t, t, z_lr=z_lr: M.to_x0(z_t, score(real, z_t, t, z_lr)[0], t),
                                    z_0, z_hr, vae, torch.randn_like(z_0))    # not the noise that made z_0
             common.log_row(out_dir, "offsets.jsonl", done, px=rows)
             common.panel(f"{out_dir}/panel.png", {
                 "LR": vae.decode(z_lr), "student": vae.decode(z_0), "real score's x0, t = 0.5": vae.decode(x_real),
                 "fake score's x0": vae.decode(x_fake), "HR, coded": vae.decode(z_hr)},
-                verdicts(out_dir, rows, detail(z_0, z_lr, z_hr).item()))
+                health.stage2(out_dir, rows, health.detail(z_0, z_lr, z_hr).item()))
     common.cleanup()
 
 
 # ----------------------------------------------------------------------------
-# what a step costs, and what its log and panel say
+# what a step costs
 
 
 def passes(cfg):
@@ -419,122 +416,6 @@ def passes(cfg):
         # the same, but in auxiliary updates forward alone, if its features are read; guided: AGAINST as well
         "real": ("frozen bf16", real * (2 * aux + 1) + (scores - real) + guided, real, 0)}
     return {name: (kept, *(cfg.accumulate * k for k in numbers)) for name, (kept, *numbers) in counts.items()}
-
-
-def loss_gradients(losses, z_0):
-    """What each loss asks of the student's output: {name: d loss / d z_0}; zeros for one that does not reach it."""
-    found = {}
-    for name, loss in losses.items():
-        g = torch.autograd.grad(loss, z_0, retain_graph=True, allow_unused=True)[0] if loss.requires_grad else None
-        found[name] = torch.zeros_like(z_0) if g is None else g
-    return found
-
-
-def cosine(a, b):
-    """Of two tensors as vectors; 0 if one of them is 0."""
-    return F.cosine_similarity(a.flatten(), b.flatten(), dim=0)
-
-
-def dmd_health(z_0, x_real, x_fake, g, keep, pull):
-    """Numbers for verdicts on dmd_gradient, for those who edit it. g_want: mean |g| computed anew. g_cosine: of pull,
-    what reaches the student (or would), with x_fake - x_real; below 0 a sign is flipped."""
-    direction, axes = x_fake - x_real, (1, 2, 3, 4)
-    want = direction.abs().mean(axes) / (z_0 - x_real).abs().mean(axes).clamp_min(1e-5)
-    return dict(skipped=1 - keep.mean(), g_mean=g.abs().mean(), g_want=want.mean(), g_cosine=cosine(pull, direction))
-
-
-def detail(z, z_lr, z_hr):
-    """How much z adds to z_lr, as a share of what HR adds: under 1 is blur, over 1 noise."""
-    return ((z - z_lr).square().mean() / (z_hr - z_lr).square().mean()).sqrt()
-
-
-@torch.no_grad()
-def spatial_offsets(predict, z_0, z_hr, vae, eps, times=(0.2, 0.5, 0.8)):
-    """How far the real score's clean estimates lie from HR, px, median over clips: [{"t", "student", "hr"}], starting
-    from the student's sample, noised, and from HR, noised. predict: (z_t, t) -> x_0. A first number that is larger is
-    in the paper's Fig. 2 the bias of the real score; how far the student's sample is off itself is in it, too."""
-    truth, rows = [data.to_uint8(v) for v in vae.decode(z_hr)], []
-    for time in times:
-        t, row = torch.full((len(z_hr),), time, device=z_hr.device), {"t": time}
-        for name, z in (("student", z_0), ("hr", z_hr)):
-            videos = vae.decode(predict(M.add_noise(z, eps, t), t))
-            offsets = [math.hypot(*metrics.shift(data.to_uint8(v), hr)) for v, hr in zip(videos, truth, strict=True)]
-            offsets = [x for x in offsets if math.isfinite(x)]          # a crop without texture has none
-            row[name] = round(statistics.median(offsets), 3) if offsets else None   # median: some match elsewhere
-        rows.append(row)
-    return rows
-
-
-BLURRED, NOISY = 0.6, 1.2           # shares of the detail of HR at which verdicts speak of blur and of noise [ours]
-UNSTABLE = 2.5                      # and, in any one line, of an unstable student [ours]
-GRAIN = 1.5                         # and, on the panel, of grain: 34 runs had 1.41 at most, two collapsed 1.8 [ours]
-
-
-def head_verdict(loss_d, warm):
-    """What L_D says of the head: it is 0 where HR and student are told apart for sure, 2 where they are not at all.
-    warm: L_D at the end of the warm-up."""
-    if loss_d < 0.3:
-        return "the head has won; lower lr_head"
-    if loss_d <= 1.95:
-        return "healthy"
-    if warm > 1.95:
-        return "the head has not learnt yet; raise aux_warmup"
-    return f"the student misleads the head, which had learnt ({warm:.2f} after the warm-up)"
-
-
-def verdicts(out_dir, offsets=(), shown=0.0):
-    """What the latest log lines, the spatial offsets and `detail` on the panel say, in plain words."""
-    lines = common.read_log(out_dir)
-    warm = next((line["d_warmup"] for line in lines if "d_warmup" in line), 2)
-    lines = [line for line in lines if line["step"]][-20:]              # without the warm-up's
-    if not lines:
-        return []
-    if "pull_gan" in lines[-1]:                                         # sequential: its second half alone
-        lines = [line for line in lines if "pull_gan" in line]
-    last = {k: sum(line.get(k, 0) for line in lines) / len(lines) for k in lines[-1]}
-    if "g_mean" not in last:                                            # regression alone
-        return [f"mean squared error {last['mse']:.3g}: regression alone, without score models"]
-    words = [f"mean |g| of DMD {last['g_mean']:.2f}: " + ("healthy" if 0.1 < last["g_mean"] < 3 else
-             "the fake score equals the real one" if last["g_mean"] <= 0.1 else "spikes; lower lr")]
-    if last["g_cosine"] < 0:
-        words.append("DMD moves the student from the real score's x0 to the fake one's: a sign is flipped")
-    if last["g_want"] > 1e-6 and not 0.5 < last["g_mean"] / last["g_want"] < 2:
-        words.append(f"g is not normalised: (x_fake - x_real) / mean |z_0 - x_real| would be {last['g_want']:.2g}")
-    if last["skipped"] > 0.05:
-        words.append(f"{last['skipped']:.0%} of samples skipped as spikes: see the real score's x0")
-    if "diff" not in last:
-        words.append("no auxiliary updates: the fake score stands still; raise aux_per_student")
-    elif last["lag"] > 0.99:
-        words.append("the fake score knows the student no better than the real one: raise aux_per_student or lr_fake")
-    if last["detail"] < BLURRED:
-        words.append(f"the student adds {last['detail']:.0%} of HR's detail: a mean, not a sample; was stage I run?")
-    elif last["detail_real"] < BLURRED:                                 # of a blurred student it sees no more
-        words.append(f"the real score's x0 has {last['detail_real']:.0%} of HR's detail: blurred; lower t_max")
-    if last["detail"] > NOISY:
-        words.append(f"the student adds {last['detail']:.0%} of HR's detail: noise; train longer, or lower cfg_w")
-    if (most := max(line["detail"] for line in lines)) > UNSTABLE:
-        words.append(f"the student once added {most:.1f} times HR's detail: unstable, or HR has none; lower lr")
-    if shown > GRAIN:
-        words.append(f"here the student adds {shown:.1f} times HR's detail: grain; was stage I run? or lower lr")
-    if "pull_gan" in last and "d" in last:                              # without auxiliary updates there is no d
-        words.append(f"hinge L_D {last['d']:.2f}: {head_verdict(last['d'], warm)}")
-        if last["pull_gan"] == 0 and last["d"] != 2 and last["gan"]:    # at first the head is 0, and L_D exactly 2
-            words.append("L_G does not reach the student: are the features detached?")
-        if "pull_dmd" in last and last["pull_gan"] > last["pull_dmd"]:
-            words.append("the GAN pulls harder than DMD: halve w_gan")
-    diffs = [line["diff"] for line in lines if "diff" in line]
-    early, late = (sum(x) / max(1, len(x)) for x in (diffs[:len(diffs) // 2], diffs[len(diffs) // 2:]))
-    if len(diffs) >= 6 and late > 2 * early:                            # the mean of four varies by a third
-        words.append("the fake score lags behind the student: raise aux_per_student or lr_fake")
-    offsets = [row for row in offsets if None not in row.values()]
-    if offsets:
-        words.append("real score's x0 off HR, from the student's sample / from HR: " + ", ".join(
-            f"t = {row['t']}: {row['student']:.2f} / {row['hr']:.2f} px" for row in offsets))
-    for row in offsets:
-        if row["student"] > row["hr"] + 0.3:
-            words.append(f"at t = {row['t']} the real score draws the student's sample {row['student']:.1f} px off HR, "
-                         f"HR itself {row['hr']:.1f} px: raise w_gan, which sees where HR's detail lies")
-    return words
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from tqdm import tqdm
 import common
 import cost
 import data
+import health
 import metrics
 import model as M
 
@@ -344,12 +345,13 @@ def main(cfg):
             common.log_row(out_dir, "held.jsonl", done, pairs=len(held), **shares)
             common.panel(f"{out_dir}/panel.png", {
                 "LR": vae.decode(z_lr), "loser": vae.decode(z_l), "winner": vae.decode(z_w),
-                "before DPO": vae.decode(before), "after": vae.decode(after)}, verdicts(out_dir, len(held), **shares))
+                "before DPO": vae.decode(before), "after": vae.decode(after)},
+                health.stage3(out_dir, len(held), **shares))
     common.cleanup()
 
 
 # ----------------------------------------------------------------------------
-# what a step costs, and what its log and panel say
+# what a step costs, and what it learns of pairs held out
 
 
 def passes(cfg):
@@ -388,31 +390,6 @@ def show_pairs(path, pairs, vae, device):
     lr, lose, win = (torch.cat([vae.decode(p[k][None].float().to(device)) for p in pairs])
                      for k in ("lr", "lose", "win"))
     common.panel(path, {"LR": lr, "loser": lose, "winner": win, "4 (winner - loser)": 4 * (win - lose)})
-
-
-FAR = 0.25      # drift, as a share of |winner - loser|^2, at which a verdict speaks of it [ours]
-
-
-def verdicts(out_dir, count=0, trained=None, held=None):
-    """What the latest log lines say, in plain words; and `preferred` of pairs trained on and of `count` held out."""
-    lines = common.read_log(out_dir)[-10:]
-    if not lines:
-        return []
-    last = {k: sum(line.get(k, 0) for line in lines) / len(lines) for k in lines[-1]}
-    if last["drift"] > FAR:
-        return [f"drift {last['drift']:.2f} of |winner - loser|^2: too far; raise anchor, lower alpha or stop earlier"]
-    words = [f"implicit accuracy {last['accuracy']:.2f}, inside {last['inside']:.2g} on the pairs it trains on: " + (
-             "it learns them" if last["accuracy"] > 0.6 else "winners and losers look alike to it; raise lr")]
-    if count:
-        noise = 0.5 * count ** -0.5                                     # standard deviation of a share by chance
-        words += ["winners preferred of pairs trained on / held out: " + ", ".join(
-            f"{trained[t]:.2f} / {held[t]:.2f} at t = {t:g}" for t in held) + f"; chance: 0.5 +- {noise:.2f}",
-            "too few are held out to tell whether it carries over" if count < 5 else
-            "at t = 1, where the student runs, it " + (
-                "carries over" if held[1.0] > 0.5 + 2 * noise else "is not shown to carry over")]
-    if min(last[f"{k}_change"] / max(last[f"{k}_error"], 1e-9) for k in ("winner", "loser")) > 0.05:
-        words.append("both winner and loser error rise: the usual likelihood drop of DPO; raise anchor")
-    return words
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from copy import deepcopy
 import pytest
 import torch
 
+import health
 import model as M
 import stage1_pd as stage1
 from tests.test_maths import exact_velocity
@@ -149,7 +150,7 @@ def test_a_trained_student_does_in_one_step_what_its_teacher_does_in_many():
 
 def test_ratio_starts_at_one():
     start, target = torch.randn(2, 4, 4)
-    assert stage1.ratio(start, target, start) == 1 and stage1.ratio(target, target, start) == 0
+    assert health.ratio(start, target, start) == 1 and health.ratio(target, target, start) == 0
 
 
 @pytest.mark.parametrize("changes, words", [

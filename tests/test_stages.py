@@ -19,6 +19,7 @@ import torch
 import common
 import data
 import degradation
+import health
 import media
 import model as M
 import stage0_teacher as stage0
@@ -334,6 +335,17 @@ def test_stage2_counts_and_who_moves(chain, tmp_path):
     assert counts == {"student": {5}, "fake": {2 + 3 * 5}, "head": {2 + 3 * 5}}
     assert moved(before["student"], state["net"]) and moved(before["cfg"], state["fake"])
     assert moved(state["net"], state["student"])                # the average is not the network
+
+
+@pytest.mark.parametrize("stage, name", [(stage0, "ema"), (stage2, "student")])
+def test_what_the_next_stage_reads_is_the_average(chain, tmp_path, monkeypatch, stage, name):
+    number, used, update = list(chain).index(stage), [], common.ema_update
+    cfg = fork(chain, stage, tmp_path, ["stage0", "stage1"][:number])
+    monkeypatch.setattr(common, "ema_update", lambda *args: (used.append(args[:2]), update(*args))[1])
+    stage.main(cfg)
+    state, (average, net) = checkpoint(cfg, f"stage{number}"), used[-1]
+    assert not moved(average.state_dict(), state[name]) and not moved(net.state_dict(), state["net"])
+    assert moved(state["net"], state[name])
 
 
 def run_spied(chain, tmp_path, monkeypatch, **changes):
@@ -1058,7 +1070,7 @@ def assert_equal(a, b, where=""):
 def said_of(chain, tmp_path, **changes):
     cfg = fork(chain, stage2, tmp_path, ["stage0", "stage1"], **changes)
     stage2.main(cfg)
-    return "\n".join(stage2.verdicts(f"{cfg.out}/stage2"))
+    return "\n".join(health.stage2(f"{cfg.out}/stage2"))
 
 
 BROKEN = {"flipped": "a sign is flipped", "flipped loss": "a sign is flipped", "raw": "not normalised",
@@ -1067,7 +1079,7 @@ BROKEN = {"flipped": "a sign is flipped", "flipped loss": "a sign is flipped", "
 
 
 def test_a_sound_run_is_not_flagged(chain, tmp_path, monkeypatch):
-    monkeypatch.setattr(stage2, "BLURRED", 0.0)                         # four steps of a toy draw no detail
+    monkeypatch.setattr(health, "BLURRED", 0.0)                         # four steps of a toy draw no detail
     shown = []
     monkeypatch.setattr(common, "panel", lambda path, columns, words: shown.append(words))
     words = said_of(chain, tmp_path, aux_warmup=60, lr_fake=2e-3)
@@ -1110,10 +1122,10 @@ def test_the_log_and_the_offsets_are_of_what_they_say(chain, tmp_path, monkeypat
         b.view(-1)[1] = 4
         return {"dmd": a, "gan": b, "fm": torch.zeros_like(z_0)}
     seen = []
-    monkeypatch.setattr(stage2, "loss_gradients", known)
-    monkeypatch.setattr(stage2, "spatial_offsets", lambda *args: seen.append(args) or [])
-    plain, shown = stage2.verdicts, []
-    monkeypatch.setattr(stage2, "verdicts", lambda *args: shown.append(args[2]) or plain(*args))
+    monkeypatch.setattr(health, "loss_gradients", known)
+    monkeypatch.setattr(health, "spatial_offsets", lambda *args: seen.append(args) or [])
+    plain, shown = health.stage2, []
+    monkeypatch.setattr(health, "stage2", lambda *args: shown.append(args[2]) or plain(*args))
     cfg = fork(chain, stage2, tmp_path, ["stage0", "stage1"])
     stage2.main(cfg)
     for line in common.read_log(f"{cfg.out}/stage2")[1:]:
@@ -1126,7 +1138,7 @@ def test_the_log_and_the_offsets_are_of_what_they_say(chain, tmp_path, monkeypat
     real = M.load_checkpoint(f"{cfg.out}/stage1/last.pt", "cfg")[0]
     t = torch.full((len(eps),), 0.3)
     assert torch.equal(z_hr, want_hr) and not torch.equal(noise, eps)
-    assert shown[-1] == stage2.detail(z_0, z_lr, z_hr).item()
+    assert shown[-1] == health.detail(z_0, z_lr, z_hr).item()
     with torch.no_grad():
         assert torch.equal(z_0, M.one_step(student, eps, z_lr))
         torch.testing.assert_close(draw(noise, t), M.to_x0(noise, real(noise, t, z_lr, M.prompt(noise)), t))
@@ -1159,29 +1171,29 @@ CASES3 = [
     (dict(winner_change=0.02, loser_change=0.001), "it learns", "likelihood drop")]
 
 
-@pytest.mark.parametrize("stage, fine, changes, word, absent", [
-    *((stage2, FINE2, *case) for case in CASES2), *((stage3, FINE3, *case) for case in CASES3)])
-def test_verdicts_say_what_the_numbers_mean(tmp_path, stage, fine, changes, word, absent):
+@pytest.mark.parametrize("verdicts, fine, changes, word, absent", [
+    *((health.stage2, FINE2, *case) for case in CASES2), *((health.stage3, FINE3, *case) for case in CASES3)])
+def test_verdicts_say_what_the_numbers_mean(tmp_path, verdicts, fine, changes, word, absent):
     with open(tmp_path / "log.jsonl", "w") as f:
         f.writelines(json.dumps({"step": k} | fine | changes) + "\n" for k in range(8))
-    words = "\n".join(stage.verdicts(tmp_path))
+    words = "\n".join(verdicts(tmp_path))
     assert word in words and not re.search(absent, words), words
 
 
 def test_the_verdict_on_pairs_held_out(tmp_path):
     (tmp_path / "log.jsonl").write_text(json.dumps({"step": 1} | FINE3) + "\n")
     for count, at_1, said in ((8, 0.875, "it carries over"), (8, 0.75, "not shown to carry over"), (4, 1.0, "too few")):
-        numbers, words = stage3.verdicts(tmp_path, count, {0.5: 1.0, 1.0: 0.9}, {0.5: 1.0, 1.0: at_1})[-2:]
+        numbers, words = health.stage3(tmp_path, count, {0.5: 1.0, 1.0: 0.9}, {0.5: 1.0, 1.0: at_1})[-2:]
         assert f"1.00 / 1.00 at t = 0.5, 0.90 / {at_1:.2f} at t = 1; chance: 0.5 +- 0." in numbers and said in words
-    assert "held out" not in "".join(stage3.verdicts(tmp_path))
+    assert "held out" not in "".join(health.stage3(tmp_path))
 
 
 def test_a_run_that_changes_its_device_keeps_its_verdicts(tmp_path):
     """On a GPU the lines of the log have the memory, too."""
-    for stage, fine in ((stage2, FINE2), (stage3, FINE3)):
+    for verdicts, fine in ((health.stage2, FINE2), (health.stage3, FINE3)):
         for more in (({"memory_gb": 1.0}, {}), ({}, {"memory_gb": 1.0})):
             (tmp_path / "log.jsonl").write_text("".join(json.dumps({"step": 1} | fine | x) + "\n" for x in more))
-            assert stage.verdicts(tmp_path)
+            assert verdicts(tmp_path)
 
 
 def test_verdicts_on_what_changes_over_a_run(tmp_path):
@@ -1190,15 +1202,15 @@ def test_verdicts_on_what_changes_over_a_run(tmp_path):
         with open(tmp_path / "log.jsonl", "w") as f:
             lines = [{"step": k} | FINE2 | dict(diff=0.1 * (ratio if k > 3 else 1)) for k in range(8)]
             f.writelines(json.dumps(line) + "\n" for line in lines)
-        assert ("lags behind the student" in "\n".join(stage2.verdicts(tmp_path))) == flagged
+        assert ("lags behind the student" in "\n".join(health.stage2(tmp_path))) == flagged
     for shown, flagged in ((1.4, False), (1.6, True)):                  # log lines are of one batch each and miss it
-        assert ("1.6 times HR's detail: grain" in "\n".join(stage2.verdicts(tmp_path, (), shown))) == flagged
+        assert ("1.6 times HR's detail: grain" in "\n".join(health.stage2(tmp_path, (), shown))) == flagged
     rows = [{"t": t, "student": s, "hr": 0.1} for t, s in ((0.1, 0.5), (0.5, 0.3), (0.9, None))]
-    words = "\n".join(stage2.verdicts(tmp_path, rows))
+    words = "\n".join(health.stage2(tmp_path, rows))
     assert "t = 0.1: 0.50 / 0.10 px, t = 0.5: 0.30 / 0.10 px" in words and words.count("raise w_gan") == 1
     lines = [{"step": 10, "ratio": 0.2, "guidance": 1e-5}, {"step": 20, "ratio": 0.8}, {"step": 30, "ratio": 0.5}]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
-    said = {k: "\n".join(stage1.verdicts(tmp_path, k)) for k in (10, 20, 30)}
+    said = {k: "\n".join(health.stage1(tmp_path, k)) for k in (10, 20, 30)}
     assert "(good)" in said[10] and "nothing to teach; raise cfg_w" in said[10] and "train it longer" in said[20]
     assert "good" not in said[30] and "longer" not in said[30]
 
@@ -1210,7 +1222,7 @@ def test_verdicts_on_what_changes_over_a_run(tmp_path):
 def test_the_teachers_panel_says_how_training_goes(tmp_path, losses, word):
     with open(tmp_path / "log.jsonl", "w") as f:
         f.writelines(json.dumps({"step": k, "loss": x}) + "\n" for k, x in enumerate(losses))
-    assert word in stage0.verdicts(tmp_path)[0]
+    assert word in health.stage0(tmp_path)[0]
 
 
 def test_spatial_offset_is_the_shift_of_what_the_real_score_draws():
@@ -1221,7 +1233,7 @@ def test_spatial_offset_is_the_shift_of_what_the_real_score_draws():
     vae = M.PatchVAE()
     vae.fit(video)
     z = vae.encode(video)
-    rows = stage2.spatial_offsets(lambda z_t, t: z if torch.equal(z_t, z) else z.roll(1, -1), 0 * z, z, vae, z, (0.0,))
+    rows = health.spatial_offsets(lambda z_t, t: z if torch.equal(z_t, z) else z.roll(1, -1), 0 * z, z, vae, z, (0.0,))
     assert rows[0]["t"] == 0 and rows[0]["student"] == pytest.approx(4, abs=0.1) and rows[0]["hr"] < 0.01
 
 
