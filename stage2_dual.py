@@ -388,7 +388,7 @@ def main(cfg):
                 # of a guided teacher (real_score) panel and offsets show its pass under the prompt alone
                 x_real, x_fake = (M.to_x0(z_t, score(net, z_t, t, z_lr)[0], t) for net in (real, fake))
             rows = health.spatial_offsets(lambda z_t, t, z_lr=z_lr: M.to_x0(z_t, score(real, z_t, t, z_lr)[0], t),
-                                   z_0, z_hr, vae, torch.randn_like(z_0))    # not the noise that made z_0
+                                          z_0, z_hr, vae, torch.randn_like(z_0))    # not the noise that made z_0
             common.log_row(out_dir, "offsets.jsonl", done, px=rows)
             common.panel(f"{out_dir}/panel.png", {
                 "LR": vae.decode(z_lr), "student": vae.decode(z_0), "real score's x0, t = 0.5": vae.decode(x_real),
