@@ -290,6 +290,13 @@ def test_stage1_passes_on_its_constants(chain, tmp_path, monkeypatch):
     assert rates == pytest.approx([1e-3, 5e-4, 2e-3 / 2 ** 0.5, 1e-3 / 2 ** 0.5, 2e-3, 1e-3])
 
 
+def test_stage1_asks_against_nothing_but_in_cfg_distillation(chain, tmp_path, monkeypatch):
+    cfg, asked, prompt = fork(chain, stage1, tmp_path, ["stage0"]), [], M.prompt
+    monkeypatch.setattr(M, "prompt", lambda z, which=M.POSITIVE: (asked.append(which), prompt(z, which))[1])
+    stage1.main(cfg)
+    assert asked.count(M.AGAINST) == cfg.cfg_steps and set(asked) == {M.POSITIVE, M.AGAINST}
+
+
 def test_softened_targets_go_with_the_negative_prompt(chain, tmp_path, monkeypatch):
     cfg = fork(chain, stage0, tmp_path, [], steps=2, batch=8, negative=0.5, text_drop=0.0)
     softened, prompts, latents, loss = [], [], data.Bank.latents, stage0.flow_loss
@@ -821,6 +828,17 @@ def test_stage3_trains_on_the_same_window_of_all_that_a_pair_has(chain, tmp_path
             assert len(places) == count
     assert count == cfg.steps * 2 * cfg.batch and [set(axis) for axis in zip(*places, strict=True)] == [
         set(range(2)), set(range(5)), set(range(5))]
+
+
+def test_the_noise_of_a_pair_makes_its_winner_then_its_loser(chain):
+    """From the whole clip, by the student of stage II."""
+    out = chain[stage3].out
+    pair = stage3.read_pair(f"{out}/stage3/pairs/00000.pt")
+    student, _, config = M.load_checkpoint(f"{out}/stage2/last.pt", "student")
+    velocity = M.tiled(student, data.crop_shape(config["model"]))
+    made = [M.one_step(velocity, eps[None].float(), pair["lr"][None].float())[0] for eps in pair["noise"]]
+    for z, own, other in zip(made, ("win", "lose"), ("lose", "win"), strict=True):
+        assert (z - pair[own].float()).square().mean() < 0.01 * (z - pair[other].float()).square().mean()
 
 
 def test_dpo_moves_towards_the_winner(chain, tmp_path):
