@@ -461,10 +461,11 @@ def make(cfg, device):
             made["HR"] = [[(c["hr"], math.nan) for c in clips]]
         return clips, made, {}, {row: (ROWS | {"pred": "output"})[row] for row in made}, warnings
     rows, warnings = sources(cfg), []
-    for source in rows.values():
-        if isinstance(source, dict):
-            source["sha256"] = data.sha256(source["path"])
-    for path in dict.fromkeys(source["path"] for source in rows.values() if isinstance(source, dict)):
+    networks = [source for source in rows.values() if isinstance(source, dict)]
+    hashes = {path: data.sha256(path) for path in dict.fromkeys(source["path"] for source in networks)}
+    for source in networks:
+        source["sha256"] = hashes[source["path"]]
+    for path in hashes:
         state = M.read_checkpoint(path)
         if state["step"] < state["total"]:
             warnings.append(f"{path}: unfinished, step {state['step']} of {state['total']}")
