@@ -13,6 +13,12 @@ import data
 import metrics
 import model as M
 
+
+def means(lines):
+    """{name: mean over these lines of a log} of what the last of them has."""
+    return {k: sum(line.get(k, 0) for line in lines) / len(lines) for k in lines[-1]}
+
+
 # ----------------------------------------------------------------------------
 # stages 0 and I
 
@@ -76,11 +82,6 @@ def dmd(z_0, x_real, x_fake, g, keep, pull):
     return dict(skipped=1 - keep.mean(), g_mean=g.abs().mean(), g_want=want.mean(), g_cosine=cosine(pull, direction))
 
 
-def lag(v_fake, v_real, target):
-    """The fake score's error on the student's outputs over the real one's: 1 where it has learnt nothing of them."""
-    return (v_fake - target).square().mean() / (v_real - target).square().mean()
-
-
 def detail(z, z_lr, z_hr):
     """How much z adds to z_lr, as a share of what HR adds: under 1 is blur, over 1 noise."""
     return ((z - z_lr).square().mean() / (z_hr - z_lr).square().mean()).sqrt()
@@ -132,7 +133,7 @@ def stage2(out_dir, offsets=(), shown=0.0):
         return []
     if "pull_gan" in lines[-1]:                                         # sequential: its second half alone
         lines = [line for line in lines if "pull_gan" in line]
-    last = {k: sum(line.get(k, 0) for line in lines) / len(lines) for k in lines[-1]}
+    last = means(lines)
     if "g_mean" not in last:                                            # regression alone
         return [f"mean squared error {last['mse']:.3g}: regression alone, without score models"]
     words = [f"mean |g| of DMD {last['g_mean']:.2f}: " + ("healthy" if 0.1 < last["g_mean"] < 3 else
@@ -189,7 +190,7 @@ def stage3(out_dir, count=0, trained=None, held=None):
     lines = common.read_log(out_dir)[-10:]
     if not lines:
         return []
-    last = {k: sum(line.get(k, 0) for line in lines) / len(lines) for k in lines[-1]}
+    last = means(lines)
     if last["drift"] > FAR:
         return [f"drift {last['drift']:.2f} of |winner - loser|^2: too far; raise anchor, lower alpha or stop earlier"]
     words = [f"implicit accuracy {last['accuracy']:.2f}, inside {last['inside']:.2g} on the pairs it trains on: " + (

@@ -173,6 +173,11 @@ def uses_scores(cfg):
     return bool({"dmd", "gan"} & set(cfg.streams))
 
 
+def reads(cfg):
+    """Whether the head reads the features of the real score model, and of the fake one."""
+    return cfg.features != "fake", cfg.features != "real"
+
+
 def check(cfg):
     common.check_fields(cfg, model=tuple(M.MODELS), order=("joint", "sequential"), features=("both", "real", "fake"),
                          real_score=("cfg", "teacher"), fm_norm=("mse", "l1"), init=("stage1", "cfg"))
@@ -214,9 +219,10 @@ def main(cfg):
     for net in (student, fake, real):
         net.checkpointing = cfg.checkpointing
     taps = M.tap_blocks(len(real.blocks))
+    reads_real, reads_fake = reads(cfg)
     common.reseed(cfg.seed, "head")
     head = M.RFSHead(M.MODELS[cfg.model]["dim"], len(taps), cfg.head_channels, (window, H // 2, W // 2),
-                     models=2 if cfg.features == "both" else 1, pooled=cfg.pooled).to(device)
+                     models=reads_real + reads_fake, pooled=cfg.pooled).to(device)
     for net in (student, fake):
         net.requires_grad_(True)
     # beta_1 = 0, as Self-Forcing; the head learns sooner with momentum (LOG.md, "why the head did not learn"). No
@@ -234,7 +240,6 @@ def main(cfg):
     student_ddp, fake_ddp, head_ddp = (common.parallel(net, world) for net in (student, fake, head))
     parts = world * cfg.accumulate
 
-    reads_real, reads_fake = cfg.features != "fake", cfg.features != "real"         # whose features the head reads
     backbones = [net for net, reads in ((real, reads_real), (fake, reads_fake)) if reads]
 
     def next_batch(step, k, part):
@@ -371,7 +376,9 @@ def main(cfg):
                            **{f"pull_{k}": v.norm() for k, v in pull.items()})
             if uses_scores(cfg):
                 values |= health.dmd(z_0, x_real, x_fake, g, keep, pull.get("dmd", g))
-                values |= dict(lag=health.lag(v_fake, v_real, eps - z_0), detail_real=health.detail(x_real, z_lr, z_hr))
+                # lag: fake's error on the student's outputs over real's; at 1 it has learnt nothing of the student
+                values |= dict(lag=health.ratio(v_fake, eps - z_0, v_real),
+                               detail_real=health.detail(x_real, z_lr, z_hr))
             if {"dmd", "gan"} <= set(pull):
                 values["dmd_gan_cosine"] = health.cosine(pull["dmd"], pull["gan"])
             values = {k: common.mean(v) for k, v in values.items()}
@@ -406,7 +413,7 @@ def passes(cfg):
     {network: how it is kept and (forward alone, input gradient, full)}. With both streams 30 forwards' worth."""
     scores, gan = int(uses_scores(cfg)), "gan" in cfg.streams
     aux, guided = scores * cfg.aux_per_student, scores * (cfg.real_score == "teacher")
-    real, fake = (int(gan and cfg.features in ("both", name)) for name in ("real", "fake"))     # are its features read?
+    real, fake = (int(gan and read) for read in reads(cfg))
     counts = {
         "student": ("trained", aux, 0, 1),      # forward alone in auxiliary updates, in full in its own
         "ema": ("average", 0, 0, 0),
