@@ -328,7 +328,7 @@ def start_run(out_dir, cfg):
         step, before, seen = (state[k] for k in ("step", "config", "samples"))
     except Exception as error:
         raise SystemExit(f"{last}: cannot be read ({type(error).__name__}); remove it, or name another --out") from None
-    # these may change on --resume; with other steps the decay of stage 0 moves
+    # these may change on --resume; with other steps the rates of stages 0 and III change
     free = {"resume", "steps", "log_every", "save_every", "out", "data", "latents", "checkpointing", "compile",
             "batch", "accumulate"}
     if vars(cfg).get("order") == "sequential":                          # DMD's half would have another end

@@ -735,8 +735,8 @@ def test_dpo_variants(chain, tmp_path, monkeypatch, changes, zero):
 
 @pytest.mark.parametrize("given, mode", [(7.0, "flow"), (0.0, "constant")])
 def test_stage3_passes_on_its_constants(chain, tmp_path, monkeypatch, given, mode):
-    """The rate, and a beta that is given or chosen from the pairs, as it is at each time."""
-    cfg = fork(chain, stage3, tmp_path, ["stage0", "stage1", "stage2"], steps=1, held=0, lr=3e-4, dpo_beta=given,
+    """The rate, linear to 0, and a beta that is given or chosen from the pairs, as it is at each time."""
+    cfg = fork(chain, stage3, tmp_path, ["stage0", "stage1", "stage2"], steps=2, held=0, lr=3e-4, dpo_beta=given,
                beta_mode=mode)
     betas, times, rates = [], [], []
     inside, paired, step = stage3.dpo_inside, stage3.paired, common.clip_and_step
@@ -751,8 +751,8 @@ def test_stage3_passes_on_its_constants(chain, tmp_path, monkeypatch, given, mod
     else:
         pairs = [stage3.read_pair(f"{cfg.out}/stage3/pairs/{i:05d}.pt") for i in range(cfg.pairs)]
         distance = torch.tensor([pair["distance"] for pair in pairs])
-        assert betas == [pytest.approx(2 / (cfg.alpha * distance.median().item()))]
-    assert rates == [(3e-4, 0, 1.0)]
+        assert betas == 2 * [pytest.approx(2 / (cfg.alpha * distance.median().item()))]
+    assert rates == [(pytest.approx(lr), 0, 1.0) for lr in (3e-4, 1.5e-4)]
 
 
 def test_own_noise_teaches_nothing_to_a_student_that_looks_around(chain, tmp_path):
@@ -1040,21 +1040,25 @@ def test_an_unfinished_stage_is_not_built_upon(chain, tmp_path):
         stage2.main(cfg)
 
 
-@pytest.mark.parametrize("stage, k, stop", [(stage0, 0, 2), (stage1, 1, 4), (stage2, 2, 0), (stage2, 2, 2),
-                                            (stage3, 3, 2)])
-def test_stopped_and_resumed_is_bit_equal(chain, tmp_path, monkeypatch, stage, k, stop):
-    """Killed after a checkpoint and resumed: every tensor of the last checkpoint equals the unbroken run's."""
-    cfg = fork(chain, stage, tmp_path, [f"stage{i}" for i in range(k)])
-    save = stage.common.save
+def kill(stage, cfg, stop, monkeypatch):
+    """Run a stage up to its first checkpoint at step `stop` or later, and no further."""
+    save = common.save
 
     def save_then_die(path, cfg, name, step, total, /, **parts):
         save(path, cfg, name, step, total, **parts)
         if step >= stop:
             raise KeyboardInterrupt
-    monkeypatch.setattr(stage.common, "save", save_then_die)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(common, "save", save_then_die)
         stage.main(cfg)
-    monkeypatch.setattr(stage.common, "save", save)
+
+
+@pytest.mark.parametrize("stage, k, stop", [(stage0, 0, 2), (stage1, 1, 4), (stage2, 2, 0), (stage2, 2, 2),
+                                            (stage3, 3, 2)])
+def test_stopped_and_resumed_is_bit_equal(chain, tmp_path, monkeypatch, stage, k, stop):
+    """Killed after a checkpoint and resumed: every tensor of the last checkpoint equals the unbroken run's."""
+    cfg = fork(chain, stage, tmp_path, [f"stage{i}" for i in range(k)])
+    kill(stage, cfg, stop, monkeypatch)
     with pytest.raises(SystemExit, match="--resume"):
         stage.main(cfg)                                         # never over an existing run
     assert checkpoint(cfg, f"stage{k}")["step"] == stop         # 0: the warm-up of stage II is over
@@ -1396,17 +1400,18 @@ def test_checkpointing_changes_memory_not_numbers(chain, tmp_path, monkeypatch):
             assert_equal(plain[part], again[part], part)
 
 
-def test_dpo_through_adapters(chain, tmp_path):
+def test_dpo_through_adapters(chain, tmp_path, monkeypatch):
     """The adapters alone are trained and kept; the student that is written is a plain network that has moved."""
-    cfg = fork(chain, stage3, tmp_path, ["stage0", "stage1", "stage2"], lora=2, steps=2, lr=1e-2)
-    stage3.main(cfg)
+    cfg = fork(chain, stage3, tmp_path, ["stage0", "stage1", "stage2"], lora=2, steps=4, save_every=2,
+               lr=1e-2)
+    kill(stage3, cfg, 2, monkeypatch)
     half = checkpoint(cfg, "stage3")
     assert set(half["student"]) == set(checkpoint(chain[stage3], "stage3")["student"])
     assert moved(half["student"], checkpoint(cfg, "stage2")["student"]) and "net" not in half
     assert len(half["optimiser"]["state"]) == len(half["lora"])
-    M.load_checkpoint(f"{cfg.out}/stage3/last.pt", finished=True)
-    cfg.steps, cfg.resume = 4, True
+    cfg.resume = True
     stage3.main(cfg)
+    M.load_checkpoint(f"{cfg.out}/stage3/last.pt", finished=True)
     whole = fork(chain, stage3, tmp_path / "whole", ["stage0", "stage1", "stage2"], lora=2, steps=4, lr=1e-2)
     stage3.main(whole)
     assert_equal(checkpoint(whole, "stage3")["student"], checkpoint(cfg, "stage3")["student"])
