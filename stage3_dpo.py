@@ -61,7 +61,7 @@ class Config:
     keep: float = 0.5               # share of the pairs kept, those with the largest margins [ours]
     held: int = 8                   # pairs held out, at most half; no other pair of their clips is used [ours]
     steps: int = 60                 # optimiser steps [paper: 1,000]
-    lr: float = 5e-5                # learning rate, linear to 0; higher ones, or one that stays, weave a lattice [ours]
+    lr: float = 5e-5                # learning rate, linear to 0; higher or constant ones weave more of a lattice [ours]
     dpo_t: str = "uniform"          # t ~ U(0, 1) [VideoAlign; the formula has a z_t]; "one": t = 1 [ours]
     dpo_beta: float = 0.0           # beta of the mean-reduced loss; 0: 2 / (alpha median |winner - loser|^2) [ours]
     beta_mode: str = "constant"     # "constant", or "flow": beta (1 - t)^2, which is 0 at t = 1 [VideoAlign]
