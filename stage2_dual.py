@@ -83,7 +83,7 @@ class Config:
     w_fm: float = 0.05              # weight of L_FM [paper]
     dmd_half: bool = True           # 1/2 in L_DMD [DMD2]; the paper writes none, which doubles L_DMD
     t_min: float = 0.02             # score times are t_min + (t_max - t_min) shift(u) [range: DMD2]
-    t_max: float = 0.98             # [DMD2]; with 0.7 most students ended closer to HR [ours]
+    t_max: float = 0.98             # [DMD2]; with 0.7 closer to HR from some bases, not from all [ours]
     shift: float = 1.0              # shift of the score times [ours; 5 at 1.3B: Self-Forcing]
     real_score: str = "cfg"         # "cfg": CFG-distilled, one pass; "teacher": stage 0, guided by cfg_w, two [ours]
     fm_norm: str = "mse"            # L_FM: "mse" [paper] or "l1" [SeedVR2]
