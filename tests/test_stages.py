@@ -1402,8 +1402,7 @@ def test_checkpointing_changes_memory_not_numbers(chain, tmp_path, monkeypatch):
 
 def test_dpo_through_adapters(chain, tmp_path, monkeypatch):
     """The adapters alone are trained and kept; the student that is written is a plain network that has moved."""
-    cfg = fork(chain, stage3, tmp_path, ["stage0", "stage1", "stage2"], lora=2, steps=4, save_every=2,
-               lr=1e-2)
+    cfg = fork(chain, stage3, tmp_path, ["stage0", "stage1", "stage2"], lora=2, steps=4, save_every=2, lr=1e-2)
     kill(stage3, cfg, 2, monkeypatch)
     half = checkpoint(cfg, "stage3")
     assert set(half["student"]) == set(checkpoint(chain[stage3], "stage3")["student"])
