@@ -103,7 +103,7 @@ ARMS = {
 ARMS["streams-cfg"] = {key: replace(arm, two=arm.two | {"init": "cfg"}, paper=())
                        for key, arm in ARMS["streams"].items() if key != "regression"}
 STAGES = {2: stage2, 3: stage3}
-SHOWN = ("psnr", "ssim", "niqe", "vmaf_neg", "temporal", "grid")        # columns of evaluate.COLUMNS
+SHOWN = ("psnr", "ssim", "niqe", "vmaf_neg", "temporal", "grid", "lattice")     # columns of evaluate.COLUMNS
 
 
 def needs(arm):

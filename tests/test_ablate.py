@@ -408,13 +408,13 @@ def test_what_a_seed_or_a_clip_shares_counts_once():
 
 
 def test_what_is_better():
-    """Up: PSNR, SSIM, VMAF-NEG. Down: NIQE, temporal error. A grid: the closer it is to that of HR."""
+    """Up: PSNR, SSIM, VMAF-NEG. Down: NIQE, temporal error, lattice. A grid: the closer it is to that of HR."""
     assert ablate.gain("grid", 0.95, 1.10) == pytest.approx(0.05) == -ablate.gain("grid", 1.10, 0.95)
     assert ablate.gain("grid", 1.06, 1.04, 1.055) == pytest.approx(0.01)
     found = ablate.compare(numbers(np.full((1, 2), 1.06), "grid"), numbers(np.full((1, 2), 1.04), "grid"), 1.055)
     assert found["grid"][0] == pytest.approx(0.01)
     assert {m: ablate.gain(m, 2.0, 1.0) for m in ablate.SHOWN if m != "grid"} == {
-        "psnr": 1, "ssim": 1, "vmaf_neg": 1, "niqe": -1, "temporal": -1}
+        "psnr": 1, "ssim": 1, "vmaf_neg": 1, "niqe": -1, "temporal": -1, "lattice": -1}
 
 
 @pytest.mark.parametrize("option", ["seeds", "steps", "frames", "max_clips", "teacher_steps"])
