@@ -121,8 +121,9 @@ def test_arms_hold_what_their_names_say():
     assert [arm.two["aux_per_student"] for arm in ablate.ARMS["ratio"].values()] == [1, 3, 5]
     assert {k: arm.two.get("features", "both") for k, arm in ablate.ARMS["features"].items()} == {
         k: k for k in ("real", "fake", "both")}
-    assert {k: arm.two for k, arm in ablate.ARMS["init"].items()} == {
-        "stage1": {}, "cfg": {"init": "cfg"}, "stage1-slow": {"lr": 1e-4}, "cfg-slow": {"init": "cfg", "lr": 1e-4}}
+    assert {k: (arm.two, arm.times) for k, arm in ablate.ARMS["init"].items()} == {
+        "stage1": ({}, {}), "cfg": ({"init": "cfg"}, {}), "stage1-slow": ({}, {"lr": 0.5}),
+        "cfg-slow": ({"init": "cfg"}, {"lr": 0.5})}
     assert {k: arm.three for k, arm in ablate.ARMS["dpo"].items()} == {
         "none": {}, "uniform": {}, "uniform-free": {"anchor": 0.0}, "one": {"dpo_t": "one"},
         "one-free": {"dpo_t": "one", "anchor": 0.0}, "own-noise": {"dpo_t": "one", "own_noise": True}}
@@ -130,6 +131,18 @@ def test_arms_hold_what_their_names_say():
     assert rows == ["teacher50", "teacher1", "stage1", "stage2", "stage3", "stage3"]
     assert {key: ablate.needs(arm) for key, arm in ablate.ARMS["stages"].items() if ablate.needs(arm)} == {
         "I+II": (2,), "I+III": (3,), "I+II+III": (2, 3)}
+
+
+@pytest.mark.parametrize("preset", ["tiny", "small", "wan1.3b"])
+@pytest.mark.parametrize("name, key, field, factor", [
+    ("init", "stage1-slow", "lr", 0.5), ("init", "cfg-slow", "lr", 0.5), ("edits", "fast-student", "lr", 2),
+    ("edits", "fast-fake", "lr_fake", 5)])
+def test_rates_are_multiples_of_the_presets(preset, name, key, field, factor):
+    args = ablate.arguments([name, "--preset", preset])
+    as_it_is, arm = (ablate.configs(args, x, "x", 0)[2] for x in (ablate.Arm("as it is"), ablate.ARMS[name][key]))
+    assert vars(arm)[field] == pytest.approx(factor * vars(as_it_is)[field], rel=1e-9)
+    with pytest.raises(SystemExit, match="arm 'odd'.*'rate'"):
+        ablate.configs(args, ablate.Arm("odd", times=dict(rate=2)), "x", 0)
 
 
 def test_candidates_are_shared_by_arms_of_one_stage2_alone():
