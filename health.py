@@ -1,10 +1,12 @@
 """How a run fares, in plain words: the lines under its panel.png, and the numbers in its log that they rest on.
 
-Nothing here trains anything; stageN is of stage N. Thresholds are ours, chosen on runs of the preset tiny.
+Nothing here trains anything; stageN is of stage N. Thresholds are ours, chosen on runs of the preset tiny, those of
+stage II on the 150 of two bases (LOG.md, "what the verdicts are worth").
 """
 import math
 import statistics
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -87,6 +89,11 @@ def detail(z, z_lr, z_hr):
     return ((z - z_lr).square().mean() / (z_hr - z_lr).square().mean()).sqrt()
 
 
+def lattice(videos, stride):
+    """metrics.lattice of clips (B, 3, F, H, W), taken together: a token has 2 x 2 latents of `stride` pixels."""
+    return metrics.lattice(np.concatenate([data.to_uint8(v) for v in videos]), 2 * stride)
+
+
 @torch.no_grad()
 def spatial_offsets(predict, z_0, z_hr, vae, eps, times=(0.2, 0.5, 0.8)):
     """How far the real score's clean estimates lie from HR, px, median over clips: [{"t", "student", "hr"}], starting
@@ -109,7 +116,10 @@ def spatial_offsets(predict, z_0, z_hr, vae, eps, times=(0.2, 0.5, 0.8)):
 
 BLURRED, NOISY = 0.6, 1.2           # shares of the detail of HR at which verdicts speak of blur and of noise [ours]
 UNSTABLE = 2.5                      # and, in any one line, of an unstable student [ours]
-GRAIN = 1.5                         # and, on the panel, of grain: 34 runs had 1.41 at most, two collapsed 1.8 [ours]
+GRAIN = 1.5                         # and, on the panel, of grain: five collapsed runs had 1.8, all others 1.4 at most
+WOVEN = 2.1                         # times HR's lattice: where the GAN was left alone 2.3 at least, elsewhere in
+                                    # `streams` 2.0 at most
+STRONG = 3.0                        # the GAN's pull over DMD's: 83 of 86 runs with both had less
 
 
 def head_verdict(loss_d, warm):
@@ -121,11 +131,12 @@ def head_verdict(loss_d, warm):
         return "healthy"
     if warm > 1.95:
         return "the head has not learnt yet; raise aux_warmup"
-    return f"the student misleads the head, which had learnt ({warm:.2f} after the warm-up)"
+    return f"the student keeps up with the head, as in most runs ({warm:.2f} after the warm-up)"
 
 
-def stage2(out_dir, offsets=(), shown=0.0):
-    """What the latest log lines, the spatial offsets and `detail` on the panel say, in plain words."""
+def stage2(out_dir, offsets=(), shown=0.0, woven=(0.0, 1.0)):
+    """What the latest log lines, the spatial offsets, `detail` on the panel, and `lattice` there, of the student and of
+    HR, say, in plain words."""
     lines = common.read_log(out_dir)
     warm = next((line["d_warmup"] for line in lines if "d_warmup" in line), 2)
     lines = [line for line in lines if line["step"]][-20:]              # without the warm-up's
@@ -162,12 +173,16 @@ def stage2(out_dir, offsets=(), shown=0.0):
         words.append(f"hinge L_D {last['d']:.2f}: {head_verdict(last['d'], warm)}")
         if last["pull_gan"] == 0 and last["d"] != 2 and last["gan"]:    # at first the head is 0, and L_D exactly 2
             words.append("L_G does not reach the student: are the features detached?")
-        if "pull_dmd" in last and last["pull_gan"] > last["pull_dmd"]:
-            words.append("the GAN pulls harder than DMD: halve w_gan")
+        if "pull_dmd" in last:                                          # each line is of one batch: they scatter widely
+            pull = statistics.median(line["pull_gan"] / max(line["pull_dmd"], 1e-12) for line in lines)
+            words.append(f"the GAN pulls {pull:.1f} times as hard as DMD" + (": lower w_gan" if pull > STRONG else ""))
     diffs = [line["diff"] for line in lines if "diff" in line]
     early, late = (sum(x) / max(1, len(x)) for x in (diffs[:len(diffs) // 2], diffs[len(diffs) // 2:]))
     if len(diffs) >= 6 and late > 2 * early:                            # the mean of four varies by a third
         words.append("the fake score lags behind the student: raise aux_per_student or lr_fake")
+    if woven[0] > WOVEN * woven[1]:
+        words.append(f"a lattice of the period of a token is {woven[0]:.0f} % of the detail of smooth areas, HR's "
+                     f"{woven[1]:.0f} %: the GAN without DMD beside it weaves one; raise aux_per_student")
     offsets = [row for row in offsets if None not in row.values()]
     if offsets:
         words.append("real score's x0 off HR, from the student's sample / from HR: " + ", ".join(

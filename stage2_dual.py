@@ -397,10 +397,12 @@ def main(cfg):
             rows = health.spatial_offsets(lambda z_t, t, z_lr=z_lr: M.to_x0(z_t, score(real, z_t, t, z_lr)[0], t),
                                           z_0, z_hr, vae, torch.randn_like(z_0))    # not the noise that made z_0
             common.log_row(out_dir, "offsets.jsonl", done, px=rows)
-            common.panel(f"{out_dir}/panel.png", {
-                "LR": vae.decode(z_lr), "student": vae.decode(z_0), "real score's x0, t = 0.5": vae.decode(x_real),
-                "fake score's x0": vae.decode(x_fake), "HR, coded": vae.decode(z_hr)},
-                health.stage2(out_dir, rows, health.detail(z_0, z_lr, z_hr).item()))
+            columns = {"LR": z_lr, "student": z_0, "real score's x0, t = 0.5": x_real, "fake score's x0": x_fake,
+                       "HR, coded": z_hr}
+            columns = {title: vae.decode(z) for title, z in columns.items()}
+            common.panel(f"{out_dir}/panel.png", columns, health.stage2(
+                out_dir, rows, health.detail(z_0, z_lr, z_hr).item(),
+                [health.lattice(columns[k], vae.stride) for k in ("student", "HR, coded")]))
     common.cleanup()
 
 

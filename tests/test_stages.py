@@ -21,6 +21,7 @@ import data
 import degradation
 import health
 import media
+import metrics
 import model as M
 import stage0_teacher as stage0
 import stage1_pd as stage1
@@ -1147,7 +1148,7 @@ def test_the_log_and_the_offsets_are_of_what_they_say(chain, tmp_path, monkeypat
     monkeypatch.setattr(health, "loss_gradients", known)
     monkeypatch.setattr(health, "spatial_offsets", lambda *args: seen.append(args) or [])
     plain, shown = health.stage2, []
-    monkeypatch.setattr(health, "stage2", lambda *args: shown.append(args[2]) or plain(*args))
+    monkeypatch.setattr(health, "stage2", lambda *args: shown.append(args[2:]) or plain(*args))
     cfg = fork(chain, stage2, tmp_path, ["stage0", "stage1"])
     stage2.main(cfg)
     for line in common.read_log(f"{cfg.out}/stage2")[1:]:
@@ -1160,7 +1161,8 @@ def test_the_log_and_the_offsets_are_of_what_they_say(chain, tmp_path, monkeypat
     real = M.load_checkpoint(f"{cfg.out}/stage1/last.pt", "cfg")[0]
     t = torch.full((len(eps),), 0.3)
     assert torch.equal(z_hr, want_hr) and not torch.equal(noise, eps)
-    assert shown[-1] == health.detail(z_0, z_lr, z_hr).item()
+    videos = [np.concatenate([data.to_uint8(v) for v in vae.decode(z)]) for z in (z_0, z_hr)]
+    assert shown[-1] == (health.detail(z_0, z_lr, z_hr).item(), [metrics.lattice(v) for v in videos])
     with torch.no_grad():
         assert torch.equal(z_0, M.one_step(student, eps, z_lr))
         torch.testing.assert_close(draw(noise, t), M.to_x0(noise, real(noise, t, z_lr, M.prompt(noise)), t))
@@ -1171,7 +1173,7 @@ FINE2 = dict(g_mean=1.0, g_cosine=0.9, g_want=1.0, skipped=0.0, lag=0.9, detail=
 FINE3 = dict(accuracy=0.8, inside=0.1, drift=0.01, winner_change=-0.01, loser_change=0.01, winner_error=0.3,
              loser_error=0.3)
 CASES2 = [
-    (dict(), "healthy", "raise|lower|halve|flipped|noise"),
+    (dict(), "healthy", "raise|lower|flipped|noise|lattice"),
     (dict(g_mean=0.05, g_want=0.05), "equals the real one", "spikes"),
     (dict(g_mean=4.0, g_want=4.0), "spikes; lower lr", "equals"), (dict(g_cosine=-0.1), "sign is flipped", "noise"),
     (dict(g_want=3.0), "not normalised", "flipped"), (dict(skipped=0.1), "10% of samples skipped", "spikes; lower lr"),
@@ -1180,11 +1182,12 @@ CASES2 = [
     (dict(detail_real=0.5), "blurred; lower t_max", "noise"),
     (dict(detail=0.3, detail_real=0.3), "was stage I run", "t_max"),
     (dict(d=0.2), "head has won; lower lr_head", "learnt"),
-    (dict(d=1.97), "not learnt yet; raise aux_warmup", "has won|misleads"),
-    (dict(d=1.97, d_warmup=1.8), "misleads the head, which had learnt (1.80 after", "raise aux_warmup"),
-    (dict(pull_gan=0.0), "features detached", "halve"), (dict(pull_gan=0.0, gan=0.0), "healthy", "detached"),
+    (dict(d=1.97), "not learnt yet; raise aux_warmup", "has won|keeps up"),
+    (dict(d=1.97, d_warmup=1.8), "keeps up with the head, as in most runs (1.80 after", "raise aux_warmup"),
+    (dict(pull_gan=0.0), "features detached", "lower w_gan"), (dict(pull_gan=0.0, gan=0.0), "healthy", "detached"),
     (dict(g_want=0.0, g_mean=0.0), "equals the real one", "not normalised"),
-    (dict(pull_gan=3.0), "halve w_gan", "detached")]
+    (dict(pull_gan=5.0), "the GAN pulls 2.5 times as hard as DMD", "lower w_gan|detached"),
+    (dict(pull_gan=7.0), "3.5 times as hard as DMD: lower w_gan", "detached")]
 CASES3 = [
     (dict(), "0.80, inside 0.1 on the pairs it trains on: it learns them", "raise|lower"),
     (dict(accuracy=0.5), "look alike to it; raise lr", "too far"),
@@ -1227,6 +1230,13 @@ def test_verdicts_on_what_changes_over_a_run(tmp_path):
         assert ("lags behind the student" in "\n".join(health.stage2(tmp_path))) == flagged
     for shown, flagged in ((1.4, False), (1.6, True)):                  # log lines are of one batch each and miss it
         assert ("1.6 times HR's detail: grain" in "\n".join(health.stage2(tmp_path, (), shown))) == flagged
+    for woven, flagged in (((6.0, 3.0), False), ((7.0, 3.0), True)):
+        words = "\n".join(health.stage2(tmp_path, (), 0, woven))
+        assert ("is 7 % of the detail of smooth areas, HR's 3 %" in words) == flagged == ("lattice" in words)
+    pulls = [1.0] * 6 + [100.0] * 2                                     # two batches of eight do not make a verdict
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps({"step": k} | FINE2 | dict(pull_gan=x)) + "\n"
+                                                for k, x in enumerate(pulls)))
+    assert "pulls 0.5 times as hard" in "\n".join(health.stage2(tmp_path))
     rows = [{"t": t, "student": s, "hr": 0.1} for t, s in ((0.1, 0.5), (0.5, 0.3), (0.9, None))]
     words = "\n".join(health.stage2(tmp_path, rows))
     assert "t = 0.1: 0.50 / 0.10 px, t = 0.5: 0.30 / 0.10 px" in words and words.count("raise w_gan") == 1
