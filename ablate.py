@@ -48,11 +48,11 @@ import stage3_dpo as stage3
 class Arm:
     title: str
     two: dict = field(default_factory=dict)     # fields of stage2_dual.Config that differ
-    times: dict = field(default_factory=dict)   # others of it, in multiples of the preset's value
     three: dict = field(default_factory=dict)   # fields of stage3_dpo.Config that differ
     row: str = "stage3"                         # whose output is measured: a row of evaluate.sources
     skip: tuple = ()                            # (2,): stage III starts from stage I
     paper: tuple = ()                           # the paper's row, as in PAPER
+    factors: dict = field(default_factory=dict)  # of fields of stage2_dual.Config: the preset's value is multiplied
 
 
 PAPER = ("NIQE", "MUSIQ", "CLIP-IQA", "DOVER")  # columns of the paper's ablations, on its set AIGC60
@@ -82,8 +82,8 @@ ARMS = {
     "init": {
         "stage1": Arm("from stage I"),
         "cfg": Arm("from multi-step", dict(init="cfg")),
-        "stage1-slow": Arm("from stage I, lr x 0.5", times=dict(lr=0.5)),       # these two are [ours]
-        "cfg-slow": Arm("from multi-step, lr x 0.5", dict(init="cfg"), dict(lr=0.5)),
+        "stage1-slow": Arm("from stage I, lr x 0.5", factors=dict(lr=0.5)),     # these two are [ours]
+        "cfg-slow": Arm("from multi-step, lr x 0.5", dict(init="cfg"), factors=dict(lr=0.5)),
     },
     "dpo": {
         "none": Arm("before DPO", row="stage2"),
@@ -100,11 +100,11 @@ ARMS = {
         "no-fm": Arm("w_fm = 0", dict(w_fm=0.0)),
         "own-hr-noise": Arm("gan_same_noise = False", dict(gan_same_noise=False)),
         "one-logit": Arm("pooled = True", dict(pooled=True)),
-        "fast-fake": Arm("lr_fake x 5", times=dict(lr_fake=5)),
+        "fast-fake": Arm("lr_fake x 5", factors=dict(lr_fake=5)),
         "twice-dmd": Arm("dmd_half = False", dict(dmd_half=False)),
         "guided-teacher": Arm('real_score = "teacher"', dict(real_score="teacher")),
         "l1": Arm('fm_norm = "l1"', dict(fm_norm="l1")),
-        "fast-student": Arm("lr x 2", times=dict(lr=2)),
+        "fast-student": Arm("lr x 2", factors=dict(lr=2)),
     },
 }
 # the same streams where there is more to do: the one step of the CFG-distilled model is a blurred mean [ours]
@@ -140,8 +140,8 @@ def configs(args, arm, out, seed):
             own = given(args, "steps", "data") | changes | dict(out=str(out), seed=seed, resume=True)
             try:
                 found[n] = STAGES[n].Config(**STAGES[n].PRESETS[args.preset] | own)
-                if n == 2:
-                    found[n] = replace(found[n], **{k: x * vars(found[n]).get(k, 1) for k, x in arm.times.items()})
+                if n == 2:                                      # replace names a field that there is not
+                    found[n] = replace(found[n], **{k: x * vars(found[n]).get(k, 1) for k, x in arm.factors.items()})
             except TypeError as error:
                 raise SystemExit(f"arm {arm.title!r}: {str(error).split('.')[-1]}") from None
             STAGES[n].check(found[n])
@@ -292,7 +292,7 @@ def twin(run, about, n):
 def judge(arms, key):
     """The first arm whose candidates for DPO come from the same stage II as this arm's and are ranked as they are."""
     def made_by(arm):
-        return arm.two, arm.times, arm.skip, *(arm.three.get(k) for k in ("candidates", "scorer"))
+        return arm.two, arm.factors, arm.skip, *(arm.three.get(k) for k in ("candidates", "scorer"))
     return next(k for k, arm in arms.items() if 3 in needs(arm) and made_by(arm) == made_by(arms[key]))
 
 
@@ -406,8 +406,9 @@ def write(args, folder, arms, numbers, truth, cfg, clips, about, rows, trained, 
     for key, arm in arms.items():
         over = spread(numbers[key])
         result["arms"][key] = {
-            "title": arm.title,
-            "changes": {"stage2": arm.two, "times": arm.times, "stage3": arm.three, "skip": arm.skip},
+            "title": arm.title, "changes": {
+                "stage2": arm.two | {k: f"x {x}" for k, x in arm.factors.items()}, "stage3": arm.three,
+                "skip": arm.skip},
             "configs": about[key],
             "paper": dict(zip(PAPER, arm.paper, strict=False)), "mean": {m: x for m, (x, _) in over.items()},
             "sd": {m: x for m, (_, x) in over.items()}, "seeds": {str(k): v for k, v in numbers[key].items()}}

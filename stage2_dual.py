@@ -90,7 +90,7 @@ class Config:
     head_channels: int = 64         # width of the discriminator head [ours]
     pooled: bool = False            # one logit per clip [DMD2] instead of one per patch
     gan_same_noise: bool = True     # in L_D HR and the student's sample share t and eps, as in L_FM always [ours]
-    lr: float = 2e-4                # of the student; 1e-4 is steadier, 4e-4 unstable [ours; 2e-6 at 1.3B: CausVid]
+    lr: float = 2e-4                # of the student; 1e-4 is as good, 4e-4 unstable [ours; 2e-6 at 1.3B: CausVid]
     lr_fake: float = 2e-4           # fake score learning rate [ours]
     lr_head: float = 1e-3           # head learning rate [ours]
     ema: float = 0.95               # decay of the student's average [ours; 0.99 at 1.3B: Self-Forcing, from step 200]

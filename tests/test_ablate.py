@@ -121,7 +121,7 @@ def test_arms_hold_what_their_names_say():
     assert [arm.two["aux_per_student"] for arm in ablate.ARMS["ratio"].values()] == [1, 3, 5]
     assert {k: arm.two.get("features", "both") for k, arm in ablate.ARMS["features"].items()} == {
         k: k for k in ("real", "fake", "both")}
-    assert {k: (arm.two, arm.times) for k, arm in ablate.ARMS["init"].items()} == {
+    assert {k: (arm.two, arm.factors) for k, arm in ablate.ARMS["init"].items()} == {
         "stage1": ({}, {}), "cfg": ({"init": "cfg"}, {}), "stage1-slow": ({}, {"lr": 0.5}),
         "cfg-slow": ({"init": "cfg"}, {"lr": 0.5})}
     assert {k: arm.three for k, arm in ablate.ARMS["dpo"].items()} == {
@@ -141,8 +141,11 @@ def test_rates_are_multiples_of_the_presets(preset, name, key, field, factor):
     args = ablate.arguments([name, "--preset", preset])
     as_it_is, arm = (ablate.configs(args, x, "x", 0)[2] for x in (ablate.Arm("as it is"), ablate.ARMS[name][key]))
     assert vars(arm)[field] == pytest.approx(factor * vars(as_it_is)[field], rel=1e-9)
+
+
+def test_a_factor_of_no_field_is_named():
     with pytest.raises(SystemExit, match="arm 'odd'.*'rate'"):
-        ablate.configs(args, ablate.Arm("odd", times=dict(rate=2)), "x", 0)
+        ablate.configs(ablate.arguments(["init"]), ablate.Arm("odd", factors=dict(rate=2)), "x", 0)
 
 
 def test_candidates_are_shared_by_arms_of_one_stage2_alone():
@@ -152,6 +155,7 @@ def test_candidates_are_shared_by_arms_of_one_stage2_alone():
     assert all(k == judge for shared in judges.values() for k, judge in shared.items())
     arms = {str(n): ablate.Arm("x", three=dict(candidates=n)) for n in (2, 3)}
     assert ablate.judge(arms, "3") == "3"                       # others are ranked
+    assert ablate.judge(ablate.ARMS["init"], "cfg-slow") == "cfg-slow"
 
 
 # ----------------------------------------------------------------------------

@@ -1184,10 +1184,11 @@ CASES2 = [
     (dict(d=0.2), "head has won; lower lr_head", "learnt"),
     (dict(d=1.97), "not learnt yet; raise aux_warmup", "has won|keeps up"),
     (dict(d=1.97, d_warmup=1.8), "keeps up with the head, as in most runs (1.80 after", "raise aux_warmup"),
-    (dict(pull_gan=0.0), "features detached", "lower w_gan"), (dict(pull_gan=0.0, gan=0.0), "healthy", "detached"),
+    (dict(pull_gan=0.0), "features detached", "most runs"), (dict(pull_gan=0.0, gan=0.0), "healthy", "detached"),
     (dict(g_want=0.0, g_mean=0.0), "equals the real one", "not normalised"),
-    (dict(pull_gan=5.0), "the GAN pulls 2.5 times as hard as DMD", "lower w_gan|detached"),
-    (dict(pull_gan=7.0), "3.5 times as hard as DMD: lower w_gan", "detached")]
+    (dict(d=2.5, d_warmup=1.8), "misleads the head (1.80 after", "most runs"),
+    (dict(pull_gan=5.0), "the GAN pulls 2.5 times as hard as DMD", "detached"),
+    (dict(pull_dmd=0.0), "healthy", "times as hard")]
 CASES3 = [
     (dict(), "0.80, inside 0.1 on the pairs it trains on: it learns them", "raise|lower"),
     (dict(accuracy=0.5), "look alike to it; raise lr", "too far"),
@@ -1230,9 +1231,14 @@ def test_verdicts_on_what_changes_over_a_run(tmp_path):
         assert ("lags behind the student" in "\n".join(health.stage2(tmp_path))) == flagged
     for shown, flagged in ((1.4, False), (1.6, True)):                  # log lines are of one batch each and miss it
         assert ("1.6 times HR's detail: grain" in "\n".join(health.stage2(tmp_path, (), shown))) == flagged
-    for woven, flagged in (((6.0, 3.0), False), ((7.0, 3.0), True)):
+    for woven, flagged in (((6.0, 3.0), False), ((7.0, 3.0), True), ((7.0, 0.0), False)):
         words = "\n".join(health.stage2(tmp_path, (), 0, woven))
-        assert ("is 7 % of the detail of smooth areas, HR's 3 %" in words) == flagged == ("lattice" in words)
+        assert ("of smooth areas, HR's 3 %: raise aux_per_student" in words) == flagged == ("lattice" in words)
+    for gone, said in (("pull_dmd", "HR's 3 %: the GAN without DMD beside it weaves one"), ("pull_gan", "HR's 3 %")):
+        fine = {k: v for k, v in FINE2.items() if k != gone}            # one stream alone
+        (tmp_path / "log.jsonl").write_text(json.dumps({"step": 1} | fine) + "\n")
+        assert said in health.stage2(tmp_path, (), 0, (7.0, 3.0))[-1] and "raise" not in "".join(
+            health.stage2(tmp_path, (), 0, (7.0, 3.0)))
     pulls = [1.0] * 6 + [100.0] * 2                                     # two batches of eight do not make a verdict
     (tmp_path / "log.jsonl").write_text("".join(json.dumps({"step": k} | FINE2 | dict(pull_gan=x)) + "\n"
                                                 for k, x in enumerate(pulls)))
