@@ -180,9 +180,11 @@ def stage2(out_dir, offsets=(), shown=0.0, woven=(0.0, 1.0)):
     if len(diffs) >= 6 and late > 2 * early:                            # the mean of four varies by a third
         words.append("the fake score lags behind the student: raise aux_per_student or lr_fake")
     if woven[0] > WOVEN * woven[1] > 0:
+        advice = ""
+        if "pull_gan" in last:
+            advice = ": raise aux_per_student" if "pull_dmd" in last else ": the GAN without DMD beside it weaves one"
         words.append(f"a lattice of the period of a token is {woven[0]:.0f} % of the detail of smooth areas, HR's "
-                     f"{woven[1]:.0f} %" + ("" if "pull_gan" not in last else ": raise aux_per_student" if "pull_dmd" in
-                                            last else ": the GAN without DMD beside it weaves one"))
+                     f"{woven[1]:.0f} %{advice}")
     offsets = [row for row in offsets if None not in row.values()]
     if offsets:
         words.append("real score's x0 off HR, from the student's sample / from HR: " + ", ".join(

@@ -1237,8 +1237,8 @@ def test_verdicts_on_what_changes_over_a_run(tmp_path):
     for gone, said in (("pull_dmd", "HR's 3 %: the GAN without DMD beside it weaves one"), ("pull_gan", "HR's 3 %")):
         fine = {k: v for k, v in FINE2.items() if k != gone}            # one stream alone
         (tmp_path / "log.jsonl").write_text(json.dumps({"step": 1} | fine) + "\n")
-        assert said in health.stage2(tmp_path, (), 0, (7.0, 3.0))[-1] and "raise" not in "".join(
-            health.stage2(tmp_path, (), 0, (7.0, 3.0)))
+        words = health.stage2(tmp_path, (), 0, (7.0, 3.0))
+        assert said in words[-1] and "raise" not in "".join(words)
     pulls = [1.0] * 6 + [100.0] * 2                                     # two batches of eight do not make a verdict
     (tmp_path / "log.jsonl").write_text("".join(json.dumps({"step": k} | FINE2 | dict(pull_gan=x)) + "\n"
                                                 for k, x in enumerate(pulls)))
