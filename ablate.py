@@ -441,8 +441,9 @@ def arguments(argv):
     args = cli.parse_args(argv)
     args.out = args.out or stage2.Config(**stage2.PRESETS[args.preset]).out
     for name in ("seeds", "steps", "frames", "max_clips", "teacher_steps"):
-        if vars(args)[name] is not None and vars(args)[name] < 1:
-            raise SystemExit(f"{name}: at least 1")
+        least = 2 if name == "teacher_steps" else 1             # a single step is an arm of its own
+        if vars(args)[name] is not None and vars(args)[name] < least:
+            raise SystemExit(f"{name}: at least {least}")
     if not args.stage3 and args.name in ("stages", "dpo"):
         raise SystemExit(f"{args.name}: stage III is one of its arms")
     return args

@@ -491,8 +491,10 @@ def make(cfg, device):
 
 
 def main(cfg):
-    if cfg.seam < 16 or min(cfg.chunk, cfg.seeds, cfg.max_clips, cfg.teacher_steps) < 1:
-        raise SystemExit("--seam: 16 pixels at least; --chunk, --seeds, --max_clips, --teacher_steps: 1 at least")
+    if cfg.seam < 16 or min(cfg.chunk, cfg.seeds, cfg.max_clips) < 1:
+        raise SystemExit("--seam: 16 pixels at least; --chunk, --seeds, --max_clips: 1 at least")
+    if cfg.teacher_steps < 2:
+        raise SystemExit("--teacher_steps: 2 at least; a single step has a row of its own")
     common.check_fields(cfg)
     if (cfg.gt or cfg.lr) and not cfg.pred:
         raise SystemExit("--gt and --lr belong to outputs: name these with --pred")

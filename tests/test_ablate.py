@@ -434,10 +434,11 @@ def test_what_is_better():
         "psnr": 1, "ssim": 1, "vmaf_neg": 1, "niqe": -1, "temporal": -1, "lattice": -1}
 
 
-@pytest.mark.parametrize("option", ["seeds", "steps", "frames", "max_clips", "teacher_steps"])
-def test_numbers_below_one_are_refused(option):
-    with pytest.raises(SystemExit, match=f"{option}: at least 1"):
-        ablate.arguments(["streams", f"--{option}", "0"])
+@pytest.mark.parametrize("option, least", [("seeds", 1), ("steps", 1), ("frames", 1), ("max_clips", 1),
+                                           ("teacher_steps", 2)])
+def test_numbers_that_are_too_small_are_refused(option, least):
+    with pytest.raises(SystemExit, match=f"{option}: at least {least}"):
+        ablate.arguments(["streams", f"--{option}", str(least - 1)])
 
 
 def test_a_mistyped_arm_is_told_before_any_is_trained(run, monkeypatch):

@@ -261,7 +261,7 @@ def test_shipped_weights_stand_in_only_for_what_was_never_run(run, tmp_path):
 
 @pytest.mark.parametrize("field, value, words", [
     ("frames", 6, "take 4k . 1, such as 5"), ("frames", 9, "5 frames"), ("clips", "nowhere", "--clips"),
-    ("strength", "x", "light"), ("max_clips", 0, "1 at least"), ("teacher_steps", 0, "1 at least"),
+    ("strength", "x", "light"), ("max_clips", 0, "1 at least"), ("teacher_steps", 1, "2 at least"),
     ("out", "/proc/x", "cannot be made")])
 def test_mistakes_get_one_line(run, field, value, words):
     cfg, _ = run
