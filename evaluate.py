@@ -79,6 +79,7 @@ ROWS = {                            # in the order of the table
     "stage1":   "stage I",
     "stage2":   "stage I + II",
     "stage3":   "stage I + II + III",
+    "infer":    "the same, by infer.py",        # which starts from less noise
     "HR":       "ground truth",
 }
 EXTRA = {                           # with --extra, of pyiqa and of DOVER: heading, direction, digits, as below
@@ -117,7 +118,7 @@ COLUMNS = {                         # metric: (heading, direction in which it ge
 
 
 def sources(cfg):
-    """{row: dict(path, part, steps, w)} for the rows that a network makes; a string is why a row has none."""
+    """{row: dict(path, part, steps, w, temperature)} of the rows that a network makes; a string: why a row has none."""
     stage = [f"{cfg.out}/stage{n}/last.pt" for n in range(4)]
     teacher = next((p for p in (stage[0], cfg.teacher) if os.path.isfile(p)), None)
     rows, w = {}, cfg.cfg_w
@@ -132,7 +133,9 @@ def sources(cfg):
     # the shipped student stands in only where nothing was trained: else its row would look like part of this run
     if not any(map(os.path.isfile, stage)) and os.path.isfile(cfg.student):
         rows["stage3"] = dict(path=cfg.student, part="student", steps=1, w=0.0)
-    return rows
+    rows = {k: row if isinstance(row, str) else row | dict(temperature=1.0) for k, row in rows.items()}
+    last = rows["stage3"]
+    return rows | {"infer": last if isinstance(last, str) else last | dict(temperature=infer.TEMPERATURE)}
 
 
 def read_clips(cfg):
@@ -205,7 +208,7 @@ def outputs(row, source, clips, folder, seed, device):
         return [(clip["hr"], math.nan) for clip in clips]
     settings = {"row": row, "code": common.code(M, infer, data)}        # everything that the frames depend on
     if source:
-        settings |= {k: source[k] for k in ("part", "steps", "w", "sha256")}
+        settings |= {k: source[k] for k in ("part", "steps", "w", "temperature", "sha256")}
         settings |= {"seed": seed, "device": device.type}
     targets = []
     for clip in clips:
@@ -222,7 +225,7 @@ def outputs(row, source, clips, folder, seed, device):
         torch.set_num_threads(max(1, threads // workers))
         clip, start = clips[i], time.perf_counter()
         frames = upscale_bicubic(clip["lr"]) if source is None else data.to_uint8(
-            upscaler(clip["lr"], steps=source["steps"], w=source["w"], seed=seed))
+            upscaler(clip["lr"], seed=seed, **{k: source[k] for k in ("steps", "w", "temperature")}))
         results[i] = frames, time.perf_counter() - start
         keep(*targets[i], *results[i], clip["fps"])
     pool = ThreadPoolExecutor(workers)

@@ -37,6 +37,8 @@ import model as M
 
 STUDENT = str(Path(__file__).parent / "weights" / "tiny_student.pt")
 FPS = Fraction(24)          # of pictures that are the frames of a clip
+TEMPERATURE = 0.9           # of a student's noise: less grain than at 1, as in training [as SRFlow; LOG.md, "a little
+                            # less noise"]; of a teacher of many steps it makes a blur
 
 # ----------------------------------------------------------------------------
 # colour: the network may shift it, the input knows it. content, style: (B, 3, F, H, W)
@@ -96,11 +98,13 @@ def noise(shape, start, seed):
 
 
 @torch.no_grad()
-def upscale(velocity, vae, window, device, lr, steps=1, w=0.0, seed=0, start=0, color="wavelet", scale=4, shift=1.0):
+def upscale(velocity, vae, window, device, lr, steps=1, w=0.0, temperature=1.0, seed=0, start=0, color="wavelet",
+            scale=4, shift=1.0):
     """uint8 (F, h, w, 3) -> float (3, F, scale h, scale w) in [-1, 1], all in memory.
 
     window: latent frames that the network expects at least. steps: network steps; 1 for a student, many for a teacher,
-    then w is the guidance weight and shift that of their times. start: number of the first frame in its film, for the
+    then w is the guidance weight and shift that of their times. temperature: what the noise is multiplied by; 1, as in
+    training, or less, for less texture (SRFlow, 2006.14200). start: number of the first frame in its film, for the
     noise. color: a name in COLORS. scale: at most 4.
     """
     count, h, width = lr.shape[:3]
@@ -112,7 +116,8 @@ def upscale(velocity, vae, window, device, lr, steps=1, w=0.0, seed=0, start=0, 
     up = data.upsample(video, (4 * video.shape[3], 4 * video.shape[4]))
     z_lr = vae.encode(up)
     with common.autocast(device):
-        z = M.sample(velocity, noise(z_lr.shape, start, seed).to(device), z_lr, steps, shift, w)
+        eps = temperature * noise(z_lr.shape, start, seed).to(device)
+        z = M.sample(velocity, eps, z_lr, steps, shift, w)
     out = vae.draw_onto(up, z_lr, z)
     for k in range(count):                                              # frame by frame: it takes less memory
         out[:, :, k:k + 1] = COLORS[color](out[:, :, k:k + 1], up[:, :, k:k + 1])
@@ -304,6 +309,8 @@ def arguments(argv):
     cli.add_argument("--scale", type=int, default=4, choices=[2, 3, 4], help="2 and 3: 4, then shrunk (default 4)")
     cli.add_argument("--steps", type=int, default=1, help="network steps (default 1; a teacher needs about 50)")
     cli.add_argument("--w", type=float, default=0.0, help="guidance weight of a multi-step teacher (default 0)")
+    cli.add_argument("--temperature", type=float, help="what the noise is multiplied by; 1: as in training, less: less "
+                     f"texture (default {TEMPERATURE}; 1 for more than one step)")
     cli.add_argument("--seed", type=int, default=0, help="of the noise")
     cli.add_argument("--tile", type=int, default=0, help="output pixels seen at once (default: as in training)")
     cli.add_argument("--vae_dtype", "--vae-dtype", choices=["fp32", "bf16"], default="fp32",
@@ -317,6 +324,8 @@ def arguments(argv):
     args = cli.parse_args(argv)
     if args.steps < 1:
         raise SystemExit(f"--steps {args.steps}: at least 1")
+    if args.temperature is None:
+        args.temperature = TEMPERATURE if args.steps == 1 else 1.0
     if args.chunk is None:
         args.chunk = frames_at_once(M.read_checkpoint(args.ckpt)["config"]["model"])
     if args.chunk % 4 != 1 or args.chunk < 5:
@@ -327,6 +336,8 @@ def arguments(argv):
         raise SystemExit(f"--overlap {args.overlap}: 4k, and under half of --chunk {args.chunk}")
     if not math.isfinite(args.w):
         raise SystemExit(f"--w {args.w}: a number, such as 0.5")
+    if not 0 <= args.temperature <= 2:
+        raise SystemExit(f"--temperature {args.temperature}: from 0 to 2; 1 is that of training")
     if args.tile and args.tile < 32:
         raise SystemExit(f"--tile {args.tile}: at least 32")
     return args
@@ -339,10 +350,11 @@ def main(argv=None):
     try:
         todo = jobs(args.input, args.output, args.resume)
         upscaler = partial(load(args.ckpt, args.part, device, args.tile, args.vae_dtype, args.vae_tiles),
-                           steps=args.steps, w=args.w, seed=args.seed, color=args.color, scale=args.scale)
+                           steps=args.steps, w=args.w, temperature=args.temperature, seed=args.seed, color=args.color,
+                           scale=args.scale)
         stamp = [common.contents(args.ckpt), *(getattr(args, k) for k in (
-            "part", "scale", "steps", "w", "seed", "tile", "vae_dtype", "vae_tiles", "chunk", "overlap", "color")),
-            device.type]
+            "part", "scale", "steps", "w", "temperature", "seed", "tile", "vae_dtype", "vae_tiles", "chunk", "overlap",
+            "color")), device.type]
         for files, target in todo:
             if args.resume and target != Path(args.output) and target.exists():
                 continue

@@ -46,8 +46,8 @@ def run(tmp_path, monkeypatch):
     calls = []
 
     def load(path, part, device):
-        def upscaler(lr, steps=1, w=0.0, seed=0):
-            calls.append((str(path), part, steps, w, seed))
+        def upscaler(lr, steps=1, w=0.0, temperature=1.0, seed=0):
+            calls.append((str(path), part, steps, w, temperature, seed))
             frames = np.clip(evaluate.upscale_bicubic(lr).astype(int) + steps + 2 * seed, 0, 255).astype(np.uint8)
             return data.to_tensor(frames)
         return upscaler
@@ -125,9 +125,9 @@ def test_numbers_pages_and_cache(run, tmp_path, capsys):
 
     # each row used its own checkpoint, part and steps
     w = 0.7                                                     # that of stage I
-    assert [c[2:4] for c in calls] == [(6, w)] * 2 + [(1, w)] * 2 + [(1, 0.0)] * 4
+    assert [c[2:5] for c in calls] == [(6, w, 1)] * 2 + [(1, w, 1)] * 2 + [(1, 0.0, 1)] * 4 + [(1, 0.0, 0.9)] * 2
     assert [c[:2] for c in calls[::2]] == [("out/stage0/last.pt", "ema")] * 2 + [
-        ("out/stage1/last.pt", "student"), ("out/stage3/last.pt", "student")]
+        ("out/stage1/last.pt", "student"), *[("out/stage3/last.pt", "student")] * 2]
 
     # the numbers belong to the names they stand under
     for i, name in enumerate("ab"):
@@ -143,7 +143,7 @@ def test_numbers_pages_and_cache(run, tmp_path, capsys):
     stamp = result["stamp"]
     assert [c["name"] for c in stamp["clips"]] == ["a.mkv", "b.mkv"] and stamp["clips"][0]["size"] == [64, 64]
     assert len(stamp["clips"][0]["lr_sha256"]) == 64
-    assert set(stamp["checkpoints"]) == {"teacher50", "teacher1", "stage1", "stage3"}
+    assert set(stamp["checkpoints"]) == {"teacher50", "teacher1", "stage1", "stage3", "infer"}
     assert all(len(s["sha256"]) == 64 for s in [*stamp["checkpoints"].values(), *stamp["clips"]])
     assert {"crop", "channel", "degradation", "versions", "commit", "command"} <= set(stamp)
 
@@ -155,7 +155,8 @@ def test_numbers_pages_and_cache(run, tmp_path, capsys):
     assert not re.search(r"https?://|src=|@import|url\(", page) and "{{" not in page
     embedded = json.loads(re.search(r"const DATA = (.*);\n", page)[1].replace("<\\/", "</"))
     assert [c["name"] for c in embedded["clips"]] == ["a", "b"]
-    assert list(embedded["clips"][0]["frames"]) == ["LR", "bicubic", "teacher50", "teacher1", "stage1", "stage3", "HR"]
+    assert list(embedded["clips"][0]["frames"]) == [
+        "LR", "bicubic", "teacher50", "teacher1", "stage1", "stage3", "infer", "HR"]
     assert embedded["clips"][0]["numbers"] == list(range(FRAMES))
     assert (tmp_path / "out/report/panel.png").stat().st_size > 1000
 
@@ -195,14 +196,14 @@ def test_real_networks(tmp_path, monkeypatch):
 
 def test_what_an_output_depends_on_makes_it_again(run, tmp_path, monkeypatch):
     clip, calls = dict(name="x", fps=24, lr=np.zeros((1, 16, 16, 3), np.uint8)), run[1]
-    source = dict(path="last.pt", part="student", steps=1, w=0.0, sha256="a")
+    source = dict(path="last.pt", part="student", steps=1, w=0.0, temperature=1.0, sha256="a")
 
     def made(seed=0, **changes):
         calls.clear()
         evaluate.outputs("stage1", source | changes, [clip], tmp_path, seed, torch.device("cpu"))
         return len(calls)
     assert (made(), made()) == (1, 0)
-    for change in (dict(part="cfg"), dict(steps=2), dict(w=0.5), dict(sha256="b")):
+    for change in (dict(part="cfg"), dict(steps=2), dict(w=0.5), dict(temperature=0.9), dict(sha256="b")):
         assert (made(**change), made()) == (1, 1)
     assert (made(seed=1), made()) == (1, 0)                             # kept beside each other
     clip["lr"] = clip["lr"] + np.uint8(1)
@@ -530,7 +531,7 @@ def test_seeds_give_a_mean_and_a_spread(run):
     cfg.seeds = 2
     evaluate.main(cfg)
     result = read()
-    assert len(calls) == 2 * 8 and [c[4] for c in calls] == [0, 0, 1, 1] * 4
+    assert len(calls) == 2 * 10 and [c[5] for c in calls] == [0, 0, 1, 1] * 5
     hr = [media.read_video(f"val/{name}.mkv")[:, :64] for name in "ab"]
     made = [[metrics.psnr(media.read_video(f"out/report/clips/{name}_stage1{seed}.mkv"), x)
              for name, x in zip("ab", hr, strict=True)] for seed in ("", "_seed1")]

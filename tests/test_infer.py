@@ -175,6 +175,20 @@ def test_noise_belongs_to_a_place_in_the_film():
     assert not torch.equal(whole, infer.noise((1, 2, 5, 3, 3), 8, 1))
 
 
+def test_temperature_multiplies_the_noise():
+    seen, vae = [], M.PatchVAE()
+
+    def net(z, t, z_lr, text):
+        seen.append(z)
+        return identity(z, t, z_lr, text)
+    for temperature in (1.0, 0.9, 0.0):
+        infer.upscale(net, vae, 1, torch.device("cpu"), np.zeros((1, 16, 16, 3), np.uint8), temperature=temperature)
+    torch.testing.assert_close(seen[1], 0.9 * seen[0])
+    usual = [infer.arguments(["in", "out", "--chunk", "17", *more]).temperature for more in ([], ["--steps", "8"])]
+    assert usual == [infer.TEMPERATURE, 1]                  # less makes a blur of many steps
+    assert torch.equal(seen[0], infer.noise(seen[0].shape, 0, 0)) and not seen[2].any()
+
+
 @pytest.mark.parametrize("count, cuts", [(1, []), (17, []), (18, []), (100, [1, 40, 57, 99])])
 def test_chunks_keep_every_frame_once_and_stay_within_shots(count, cuts):
     parts = infer.chunks(count, cuts, 17, 4)
@@ -191,7 +205,7 @@ def test_chunks_keep_every_frame_once_and_stay_within_shots(count, cuts):
 # ---------------------------------------------------------------------------- files; the network is a plain enlargement
 
 
-def enlarge(lr, steps=1, w=0.0, seed=0, start=0, color="none", scale=4):
+def enlarge(lr, steps=1, w=0.0, temperature=1.0, seed=0, start=0, color="none", scale=4):
     """Stands in for infer.upscale: every pixel scale x scale times."""
     return data.to_tensor(lr.repeat(scale, 1).repeat(scale, 2))
 
@@ -413,11 +427,12 @@ def test_options_reach_the_network(tmp_path, monkeypatch):
         return upscaler
     monkeypatch.setattr(infer, "load", load)
     infer.main([str(tmp_path / "in.mkv"), str(tmp_path / "out.mkv"), "--ckpt", f"{ROOT}/weights/tiny_teacher.pt",
-                *"--part ema --chunk 17 --seed 3 --steps 2 --w 0.5 --color none --scale 2 --tile 64".split(),
-                "--device", "cpu"])
+                *"--part ema --chunk 17 --seed 3 --steps 2 --w 0.5 --temperature 0.8 --color none --scale 2".split(),
+                *"--tile 64 --device cpu".split()])
     assert given == [((f"{ROOT}/weights/tiny_teacher.pt", "ema", "cpu", 64),
-                      dict(start=0, steps=2, w=0.5, seed=3, color="none", scale=2))]
+                      dict(start=0, steps=2, w=0.5, temperature=0.8, seed=3, color="none", scale=2))]
     usual = vars(infer.arguments(["in", "out", "--chunk", "17"]))               # what evaluate.py measures
+    usual["temperature"] = 1.0                                                  # of all rows but one
     defaults = inspect.signature(infer.upscale).parameters
     assert all(defaults[k].default == usual[k] for k in given[0][1].keys() - {"start"})
 
