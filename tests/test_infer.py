@@ -183,10 +183,13 @@ def test_temperature_multiplies_the_noise():
         return identity(z, t, z_lr, text)
     for temperature in (1.0, 0.9, 0.0):
         infer.upscale(net, vae, 1, torch.device("cpu"), np.zeros((1, 16, 16, 3), np.uint8), temperature=temperature)
+    assert torch.equal(seen[0], infer.noise(seen[0].shape, 0, 0)) and not seen[2].any()
     torch.testing.assert_close(seen[1], 0.9 * seen[0])
+
+
+def test_a_lower_temperature_is_for_one_step_alone():
     usual = [infer.arguments(["in", "out", "--chunk", "17", *more]).temperature for more in ([], ["--steps", "8"])]
     assert usual == [infer.TEMPERATURE, 1]                  # less makes a blur of many steps
-    assert torch.equal(seen[0], infer.noise(seen[0].shape, 0, 0)) and not seen[2].any()
 
 
 @pytest.mark.parametrize("count, cuts", [(1, []), (17, []), (18, []), (100, [1, 40, 57, 99])])
